@@ -1,0 +1,557 @@
+"""The one typed configuration of a training run.
+
+Dataclasses that OmegaConf reads as a structured config: every key of a YAML file or of a ``key=value`` override is
+checked against them. This module imports no torch, so that ``scale-digrap --help`` and ``--print-config`` are instant.
+(No ``from __future__ import annotations`` here: OmegaConf resolves the annotations at run time.)
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scale_digrap.errors import ScaleDigrapError
+
+
+class ConfigError(ScaleDigrapError):
+    """A configuration that cannot be run: says which key, which value, and what to write instead."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which checkpoint, and which of its parameters are trained."""
+
+    path: str = "builtin:tiny-vlm"
+    """Local folder or hub id of an image-text-to-text checkpoint, a saved LoRA adapter, or ``builtin:tiny-vlm``."""
+
+    revision: Optional[str] = None  # noqa: UP045 (OmegaConf on Python 3.10 does not read `str | None`)
+    """Hub revision; None takes the default branch."""
+
+    attention: Optional[str] = None  # noqa: UP045
+    """Attention implementation of Transformers (``sdpa``, ``eager``, ``flash_attention_2``); None lets it choose."""
+
+    prompt: str = "Question: {question} Answer:"
+    """The prompt around a question, the same one in training and in evaluation. Must contain ``{question}``."""
+
+    answer: str = "{answer}"
+    """What the model learns to write after the prompt. Must contain ``{answer}``."""
+
+    chat_template: bool = True
+    """Put the prompt into the processor's chat template, where it has one."""
+
+    max_length: Optional[int] = None  # noqa: UP045
+    """Longest sequence in tokens, image tokens and answer included; longer questions are cut at a word and counted."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Regular expressions (``re.search`` on parameter names) of what is not trained. Not with LoRA."""
+
+    new_layers: list[str] = field(default_factory=list)
+    """Regular expressions of trained parameters without a pre-trained value: no anchor, plain AdamW."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters through peft. The adapters are fp32, the base keeps the compute precision and is frozen."""
+
+    enabled: bool = False
+    """Train adapters in place of the weights."""
+
+    rank: int = 8
+    """Rank r of the update B·A."""
+
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+
+    targets: list[str] = field(default_factory=lambda: [r"language_model.*\.(q|k|v|o)_proj$"])
+    """Regular expressions (``re.search``) on the names of linear modules that get an adapter."""
+
+    train: list[str] = field(default_factory=list)
+    """Regular expressions on the names of base modules trained in full besides the adapters (``modules_to_save``)."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the training samples come from."""
+
+    train: list[str] = field(default_factory=list)
+    """webdataset shards: paths, globs, or brace patterns such as ``vqa-{000000..000041}.tar``."""
+
+    workers: int = 0
+    """Loader processes per rank; 0 decodes in the training process (best on few cores)."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """DiGraP or AdamW."""
+
+    name: str = "digrap"
+    """``digrap`` or ``adamw``. The DiGraP options below are ignored by AdamW."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates of the first and second moment."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (towards zero, not towards the anchor)."""
+
+    omega_lr: float = 0.5
+    """Learning rate μ of the projection strength ω."""
+
+    omega_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates for ω."""
+
+    omega_max: float = 1.0
+    """Upper bound κ of ω."""
+
+    normalization: str = "row"
+    """``row`` or ``tensor``: what one cosine of the hypergradient is taken over."""
+
+    project_when: str = "conflict"
+    """``conflict`` (the descent direction leads away from the anchor) or ``agree``."""
+
+    anchor: str = "auto"
+    """``initial`` (the pre-trained weights), ``zero``, ``none`` (plain AdamW), or ``auto``: ``zero`` for LoRA adapters,
+    ``initial`` for everything else. Parameters under ``model.new_layers`` never have an anchor."""
+
+    anchor_dtype: str = "auto"
+    """``auto`` (the narrowest type that holds the weights exactly), ``bfloat16`` or ``float32``."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run, one value per optimizer step."""
+
+    name: str = "cosine"
+    """``cosine``, ``linear`` or ``constant`` after the warm-up."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+
+    warmup_init_ratio: float = 0.0
+    """The warm-up starts at this fraction of ``optimizer.lr``."""
+
+    min_lr_ratio: float = 0.0
+    """``cosine`` and ``linear`` end at this fraction of ``optimizer.lr``."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: Optional[int] = None  # noqa: UP045
+    """Optimizer steps; give this or ``epochs``."""
+
+    epochs: Optional[float] = None  # noqa: UP045
+    """Passes over the training set, rounded up to a whole step; give this or ``steps``."""
+
+    batch_size: int = 8
+    """Samples per rank and micro-batch. Global batch = batch_size × ranks × gradient_accumulation."""
+
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+
+    clip_norm: Optional[float] = None  # noqa: UP045
+    """Clip the global gradient norm to this; None does not clip."""
+
+    precision: str = "fp32"
+    """``fp32``, or ``bf16``: bf16 autocast, bf16 all-gathers and a bf16 frozen base. Trained weights stay fp32."""
+
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    seed: int = 0
+    """Seed of the shuffle, of dropout and of everything initialised here."""
+
+    deterministic: bool = False
+    """Ask torch for deterministic kernels (slower; operations without one are errors)."""
+
+    device: str = "auto"
+    """``auto`` (the accelerator where there is one), ``cpu`` or ``cuda``."""
+
+    keep_anchors: bool = False
+    """Keep a copy of the pre-trained weights for ``TrainResult.anchored`` with AdamW too (DiGraP has them anyway):
+    needed for WiSE-FT and for the drift per layer; 2 to 4 bytes a trained parameter, sharded."""
+
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row with a non-finite gradient; each one is skipped and counted."""
+
+
+@dataclass(kw_only=True)
+class ShardingConfig:
+    """How model, gradients and optimizer state are spread over the ranks."""
+
+    engine: str = "fsdp"
+    """``fsdp`` (FSDP2). With one process nothing is sharded."""
+
+    dp_replicate_size: int = 1
+    """HSDP: number of replicas; each shards over ranks / dp_replicate_size."""
+
+    wrap: list[str] = field(default_factory=list)
+    """Regular expressions (``re.fullmatch`` on module names) of what is an FSDP unit of its own besides the root.
+    Empty: every block of the language model. Keep a vision tower in the root unit when some batches have no image."""
+
+    reshard_after_forward: bool = True
+    """Free gathered weights after the forward pass and gather again in the backward pass: less memory, more traffic."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 0
+    """Save every this many steps; 0 saves none."""
+
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    resume: str = "auto"
+    """``auto`` (the newest complete checkpoint of ``run_dir``, if any), ``never``, or the path of a checkpoint."""
+
+    save_final: bool = True
+    """Write the trained model (or adapter) and processor to ``run_dir/final`` in Hugging Face format."""
+
+    final_dtype: str = "float32"
+    """``float32`` (exact) or ``bfloat16`` for the model in ``run_dir/final``. Adapters are always fp32."""
+
+
+@dataclass(kw_only=True)
+class SuiteConfig:
+    """One evaluation set."""
+
+    shards: list[str] = field(default_factory=list)
+    """Its webdataset shards, as in ``data.train``."""
+
+    group: str = "id"
+    """``id``, ``near`` or ``far``: which average the suite counts in."""
+
+    shift: str = "none"
+    """``none``, ``vision``, ``question``, ``answer``, ``multimodal`` or ``skill``."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured after training."""
+
+    suites: dict[str, SuiteConfig] = field(default_factory=dict)
+    """Suites by name."""
+
+    batch_size: int = 32
+    """Samples per rank and generation batch."""
+
+    max_new_tokens: int = 16
+    """Longest generated answer in tokens."""
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What a run tells about itself."""
+
+    every: int = 1
+    """Steps between two lines of ``log.jsonl``."""
+
+    layers_every: int = 10
+    """Steps between two lines of ``layers.jsonl`` (DiGraP's telemetry per layer); 0 writes none."""
+
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to ``run_dir/tensorboard`` (needs ``scale-digrap[tensorboard]``)."""
+
+    wandb: bool = False
+    """Log to Weights & Biases (needs ``scale-digrap[wandb]``)."""
+
+    wandb_project: str = "scale-digrap"
+    """Project of the Weights & Biases run."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run needs. See the classes of the sections for their keys."""
+
+    run_dir: str = "runs/default"
+    """Where logs, checkpoints, the resolved configuration and the final model go."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer.name": ("digrap", "adamw"),
+    "optimizer.normalization": ("row", "tensor"),
+    "optimizer.project_when": ("conflict", "agree"),
+    "optimizer.anchor": ("auto", "initial", "zero", "none"),
+    "optimizer.anchor_dtype": ("auto", "bfloat16", "float32"),
+    "schedule.name": ("cosine", "linear", "constant"),
+    "training.precision": ("fp32", "bf16"),
+    "training.device": ("auto", "cpu", "cuda"),
+    "sharding.engine": ("fsdp",),
+    "checkpoint.final_dtype": ("float32", "bfloat16"),
+}
+SUITE_CHOICES: dict[str, tuple[str, ...]] = {
+    "group": ("id", "near", "far"),
+    "shift": ("none", "vision", "question", "answer", "multimodal", "skill"),
+}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides in order, validate.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: such as ``["optimizer.lr=1e-3", "model.freeze=[vision_tower]"]``.
+
+    Raises:
+        ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
+    """
+    merged = OmegaConf.create({})
+    if path is not None:
+        merged = _read_yaml(Path(path))
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {item!r} is not of the form key=value, for example optimizer.lr=1e-4")
+        try:
+            update = OmegaConf.from_dotlist([item])
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"override {item!r}: {_first_line(error)}") from None
+        except Exception as error:  # a yaml.YAMLError: OmegaConf does not wrap it, and yaml is its dependency, not ours
+            raise ConfigError(f"override {item!r} is not valid YAML: {_first_line(error)}") from None
+        merged = OmegaConf.merge(merged, update)
+    return config_from_dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Build and validate a :class:`Config` from nested dictionaries.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    _check_keys(values, Config, ())
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(Config), values)
+        config: Config = OmegaConf.to_object(node)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        place = f"{key}: " if key else ""
+        raise ConfigError(f"{place}{_first_line(error)}") from None
+    validate(config)
+    return config
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write :func:`config_to_yaml` to ``path``."""
+    Path(path).write_text(config_to_yaml(config), encoding="utf-8")
+
+
+def validate(config: Config) -> None:
+    """Check what types alone cannot: choices, ranges, and keys that must agree.
+
+    Raises:
+        ConfigError: naming the first key that is wrong.
+    """
+    for key, choices in CHOICES.items():
+        _check_choice(key, _get(config, key), choices)
+    for name, suite in config.evaluation.suites.items():
+        for key, choices in SUITE_CHOICES.items():
+            _check_choice(f"evaluation.suites.{name}.{key}", getattr(suite, key), choices)
+        if not suite.shards:
+            raise ConfigError(f"evaluation.suites.{name}.shards is empty: name its tar files")
+
+    for key in (
+        "optimizer.lr",
+        "optimizer.eps",
+        "optimizer.omega_lr",
+        "optimizer.omega_max",
+        "lora.alpha",
+    ):
+        _check_range(config, key, above=0.0)
+    for key in ("training.batch_size", "training.gradient_accumulation", "training.max_skipped_steps", "lora.rank"):
+        _check_range(config, key, low=1)
+    for key in ("sharding.dp_replicate_size", "evaluation.batch_size", "evaluation.max_new_tokens", "log.every"):
+        _check_range(config, key, low=1)
+    for key in ("data.workers", "checkpoint.every", "log.layers_every", "schedule.warmup_steps", "training.seed"):
+        _check_range(config, key, low=0)
+    _check_range(config, "checkpoint.keep", low=1)
+    _check_range(config, "optimizer.weight_decay", low=0.0)
+    _check_range(config, "lora.dropout", low=0.0, below=1.0)
+    for key in ("schedule.warmup_init_ratio", "schedule.min_lr_ratio"):
+        _check_range(config, key, low=0.0, high=1.0)
+    for key in ("training.steps", "model.max_length"):
+        if _get(config, key) is not None:
+            _check_range(config, key, low=1)
+    for key in ("training.epochs", "training.clip_norm"):
+        if _get(config, key) is not None:
+            _check_range(config, key, above=0.0)
+    for key in ("optimizer.betas", "optimizer.omega_betas"):
+        betas = _get(config, key)
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ConfigError(f"{key} must be two numbers in [0, 1), got {betas}")
+
+    for key, needed in (("model.prompt", "{question}"), ("model.answer", "{answer}")):
+        if needed not in _get(config, key):
+            raise ConfigError(f"{key} must contain {needed}, got {_get(config, key)!r}")
+    for key in ("model.freeze", "model.new_layers", "lora.targets", "lora.train", "sharding.wrap"):
+        for pattern in _get(config, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+
+    if config.lora.enabled and config.model.freeze:
+        raise ConfigError(
+            "model.freeze has no effect with lora.enabled=true (the base is frozen): remove one of the two"
+        )
+    if config.lora.enabled and not config.lora.targets:
+        raise ConfigError("lora.targets is empty: name the linear modules that get an adapter")
+    if config.lora.enabled and config.optimizer.name == "digrap" and config.optimizer.anchor == "initial":
+        raise ConfigError(
+            "optimizer.anchor=initial anchors LoRA adapters at their random initialisation: use auto or zero"
+        )
+    if not str(config.run_dir).strip():
+        raise ConfigError("run_dir is empty: name a folder for logs and checkpoints")
+
+
+def validate_for_training(config: Config) -> None:
+    """The checks that need a training run to be meant (``--print-config`` of a partial file skips them)."""
+    if (config.training.steps is None) == (config.training.epochs is None):
+        raise ConfigError(
+            f"give exactly one of training.steps and training.epochs, got steps={config.training.steps} and "
+            f"epochs={config.training.epochs}"
+        )
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name the training shards, for example data.train=[data/train-*.tar]")
+    if config.training.steps is not None and config.schedule.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of training.steps="
+            f"{config.training.steps}: warm up for less"
+        )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"configuration file {str(path)!r} does not exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml.YAMLError or OmegaConf's own
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold key: value pairs at its top level")
+    return loaded
+
+
+def _check_keys(values: Any, schema: type, prefix: tuple[str, ...]) -> None:
+    """Raise for the first key of ``values`` that ``schema`` does not know, with the nearest one that it does."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{'.'.join(prefix)} is a section with keys {_names(schema)}, got the value {values!r}")
+    hints = get_type_hints(schema)
+    for key, value in values.items():
+        path = (*prefix, str(key))
+        if key not in hints:
+            raise ConfigError(f"unknown key {'.'.join(path)!r}{_suggest_key(str(key), schema, prefix)}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            _check_keys(value, kind, path)
+        elif get_origin(kind) is dict and isinstance(value, dict):
+            item = get_args(kind)[1]
+            for name, entry in value.items():
+                _check_keys(entry, item, (*path, str(name)))
+
+
+def _suggest_key(key: str, schema: type, prefix: tuple[str, ...]) -> str:
+    """Nearest key of this section; failing that, the same key in another section."""
+    here = difflib.get_close_matches(key, _names(schema), n=1, cutoff=0.6)
+    if here:
+        return f" (did you mean {'.'.join((*prefix, here[0]))!r}?)"
+    elsewhere = [path for path in _all_paths(Config) if path.rsplit(".", 1)[-1] == key]
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return f"; {'.'.join(prefix) or 'the top level'} has {', '.join(_names(schema))}"
+
+
+def _names(schema: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(schema)]
+
+
+def _all_paths(schema: type, prefix: str = "") -> list[str]:
+    paths = []
+    for name, kind in get_type_hints(schema).items():
+        paths.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            paths += _all_paths(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return paths
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}{suggest(str(value), choices)}")
+
+
+def _check_range(
+    config: Config,
+    key: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    value = _get(config, key)
+    wanted = []
+    ok = math.isfinite(value)
+    for bound, text, holds in (
+        (low, "at least", lambda b: value >= b),
+        (above, "greater than", lambda b: value > b),
+        (high, "at most", lambda b: value <= b),
+        (below, "less than", lambda b: value < b),
+    ):
+        if bound is not None:
+            wanted.append(f"{text} {bound:g}")
+            ok = ok and holds(bound)
+    if not ok:
+        raise ConfigError(f"{key} must be {' and '.join(wanted)}, got {value}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
