@@ -1,0 +1,246 @@
+"""Questions and answers → token batches, the same prompt in training and in generation, for every VLM family.
+
+The processor of the model renders and tokenises the prompt, with its own image tokens. The answer is tokenised apart
+and appended, so that a training prefix is token by token what the model sees before it generates.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scale_digrap.data.sample import VqaSample
+from scale_digrap.errors import ScaleDigrapError
+
+IGNORE = -100
+"""Label of a token that the loss does not count."""
+
+_TOKEN_INPUTS = ("input_ids", "token_type_ids", "mm_token_type_ids")
+
+Batch = dict[str, torch.Tensor]
+
+
+class CollateError(ScaleDigrapError):
+    """A sample that no batch can be made of."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The words around a question and its answer: one object for training and evaluation, stored with results."""
+
+    prompt: str = "Question: {question} Answer:"
+    answer: str = "{answer}"
+    use_chat_template: bool = True
+
+    def render(self, question: str) -> str:
+        """The prompt of a question, without image tokens."""
+        return self.prompt.replace("{question}", question)
+
+    def render_answer(self, answer: str) -> str:
+        """What the model is to write after the prompt."""
+        return self.answer.replace("{answer}", answer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for result files."""
+        return asdict(self)
+
+
+def training_answer(answers: Sequence[str]) -> str:
+    """The most frequent answer; among equally frequent ones the first."""
+    if not answers:
+        raise CollateError("a training sample has no answer")
+    counts = Counter(answers)  # keeps the order of first occurrence, and max() takes the first maximum
+    return max(counts, key=counts.__getitem__)
+
+
+class VqaCollator:
+    """Turns lists of samples into model inputs.
+
+    Args:
+        processor: the checkpoint's ``AutoProcessor``.
+        template: the prompt, one object for training and evaluation.
+        max_length: longest sequence in tokens, image tokens and answer included. Longer questions lose words at their
+            end; ``truncated`` counts them.
+
+    Works for batches with images, without any, and mixed ones. A sample without an image gets the same prompt without
+    image tokens; a batch without any image has no ``pixel_values``.
+    """
+
+    def __init__(self, processor: Any, template: PromptTemplate, max_length: int | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.truncated = 0
+        self._paligemma = type(processor).__name__ == "PaliGemmaProcessor"
+        self._chat = template.use_chat_template and bool(getattr(processor, "chat_template", None))
+        if self.tokenizer.eos_token_id is None:
+            raise CollateError("the tokenizer has no end-of-sequence token: the model could not learn where to stop")
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = self.tokenizer.eos_token_id if pad is None else pad
+        # In PaliGemma token type 1 marks the causal suffix after the bidirectional prefix; elsewhere it marks images.
+        self._answer_fill = {"token_type_ids": 1 if self._paligemma else 0, "mm_token_type_ids": 0}
+
+    def train(self, samples: Sequence[VqaSample]) -> Batch:
+        """Right-padded inputs with ``labels``: -100 everywhere but on the answer and its end-of-sequence token.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` int64 [batch, length]; ``token_type_ids`` or
+            ``mm_token_type_ids`` alike where the processor makes them; ``pixel_values`` and whatever else its image
+            processor makes (no such keys if no sample has an image).
+        """
+        texts = [self.template.render_answer(training_answer(sample.answers)) for sample in samples]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+        rows, image_inputs = self._prompts(samples, reserve=[len(answer) for answer in answers])
+        for row, answer in zip(rows, answers, strict=True):
+            row["labels"] = [IGNORE] * len(row["input_ids"]) + answer
+            for name, fill in self._answer_fill.items():
+                if name in row:
+                    row[name] = row[name] + [fill] * len(answer)
+            row["input_ids"] = row["input_ids"] + answer
+            row["attention_mask"] = [1] * len(row["input_ids"])
+        return {**self._pad(rows, left=False), **image_inputs}
+
+    def generate(self, samples: Sequence[VqaSample]) -> Batch:
+        """Left-padded prompts for ``model.generate``: as :meth:`train` without answers and ``labels``."""
+        rows, image_inputs = self._prompts(samples, reserve=[0] * len(samples))
+        for row in rows:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+        return {**self._pad(rows, left=True), **image_inputs}
+
+    def decode(self, tokens: torch.Tensor, prompt_length: int) -> list[str]:
+        """Answers out of ``model.generate``'s result [batch, prompt_length + new tokens], special tokens removed."""
+        texts = self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _prompts(
+        self, samples: Sequence[VqaSample], reserve: Sequence[int]
+    ) -> tuple[list[dict[str, list[int]]], dict[str, torch.Tensor]]:
+        """Unpadded token rows of all prompts, in order, and the image tensors of those samples that have one."""
+        if not samples:
+            raise CollateError("cannot collate an empty batch")
+        questions = [sample.question for sample in samples]
+        pictured = [index for index, sample in enumerate(samples) if sample.image is not None]
+        plain = [index for index, sample in enumerate(samples) if sample.image is None]
+        images = {index: _decode(samples[index]) for index in pictured}
+        rows, image_inputs = self._tokenise(questions, pictured, plain, images)
+        if self.max_length is not None:
+            for index, row in enumerate(rows):
+                over = len(row["input_ids"]) + reserve[index] - self.max_length
+                if over > 0:
+                    rows[index] = self._shorten(samples[index], images.get(index), over, reserve[index])
+        return rows, image_inputs
+
+    def _shorten(self, sample: VqaSample, image: Image.Image | None, over: int, reserve: int) -> dict[str, list[int]]:
+        """The row of a sample whose question has lost as many words at its end as it takes to fit."""
+        words = sample.question.split()
+        assert self.max_length is not None
+        while words and over > 0:
+            # A word is at least one token, so `over` words would often be too many: drop half of them at a time.
+            words = words[: max(0, len(words) - max(1, over // 2))]
+            selection = ([0], [], {0: image}) if image is not None else ([], [0], {})
+            (row,), _ = self._tokenise([" ".join(words)], *selection)
+            over = len(row["input_ids"]) + reserve - self.max_length
+        if over > 0:
+            raise CollateError(
+                f"sample {sample.key!r}: prompt, image and answer take {over} tokens more than model.max_length="
+                f"{self.max_length} even without its question: raise model.max_length"
+            )
+        self.truncated += 1
+        return row
+
+    def _tokenise(
+        self, questions: Sequence[str], pictured: list[int], plain: list[int], images: dict[int, Any]
+    ) -> tuple[list[dict[str, list[int]]], dict[str, torch.Tensor]]:
+        rows: list[dict[str, list[int]]] = [{} for _ in questions]
+        image_inputs: dict[str, torch.Tensor] = {}
+        if pictured:
+            texts = [self._prompt_text(questions[index], with_image=True) for index in pictured]
+            # Padded, because PaliGemma's processor makes a rectangular array of labels; the padding is stripped below.
+            encoded = self.processor(
+                text=texts,
+                images=[[images[index]] for index in pictured],
+                padding=True,
+                **self._special_tokens(texts[0]),
+            )
+            token_rows = _token_rows(encoded, len(pictured))
+            for index, row in zip(pictured, token_rows, strict=True):
+                rows[index] = row
+            image_inputs = {
+                name: _tensor(value)
+                for name, value in encoded.items()
+                if name not in (*_TOKEN_INPUTS, "attention_mask", "labels")
+            }
+        if plain:
+            texts = [self._prompt_text(questions[index], with_image=False) for index in plain]
+            encoded = self.tokenizer(texts, **self._special_tokens(texts[0]))
+            for index, ids in zip(plain, encoded["input_ids"], strict=True):
+                rows[index] = {"input_ids": list(ids), **{name: [0] * len(ids) for name in self._token_inputs}}
+        return rows, image_inputs
+
+    @cached_property
+    def _token_inputs(self) -> list[str]:
+        """Names of the per-token inputs besides ``input_ids`` that this processor makes: asked by trying it once."""
+        rows, _ = self._tokenise(["?"], [0], [], {0: Image.new("RGB", (64, 64))})
+        return [name for name in rows[0] if name != "input_ids"]
+
+    def _prompt_text(self, question: str, *, with_image: bool) -> str:
+        prompt = self.template.render(question)
+        if self._paligemma:
+            # Its processor adds <bos> after the image tokens and a newline; without an image we write the same layout.
+            return f"<image>{prompt}" if with_image else f"{self.tokenizer.bos_token}{prompt}\n"
+        if self._chat:
+            content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+            content.append({"type": "text", "text": prompt})
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        return f"{self.processor.image_token}\n{prompt}" if with_image else prompt
+
+    def _special_tokens(self, text: str) -> dict[str, bool]:
+        """A chat template that writes the <bos> itself must not get a second one from the tokenizer."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if self._chat and bos and text.startswith(bos) else {}
+
+    def _pad(self, rows: list[dict[str, list[int]]], *, left: bool) -> Batch:
+        length = max(len(row["input_ids"]) for row in rows)
+        fills = {"input_ids": self.pad_id, "labels": IGNORE}
+        batch = {}
+        for name in rows[0]:
+            padded = np.full((len(rows), length), fills.get(name, 0), dtype=np.int64)
+            for target, row in zip(padded, rows, strict=True):
+                values = row[name]
+                target[slice(length - len(values), None) if left else slice(0, len(values))] = values
+            batch[name] = torch.from_numpy(padded)
+        return batch
+
+
+def _token_rows(encoded: Any, count: int) -> list[dict[str, list[int]]]:
+    """Per-token inputs of each sample without its padding."""
+    mask = np.asarray(encoded["attention_mask"], dtype=bool)
+    names = [name for name in _TOKEN_INPUTS if name in encoded]
+    arrays = {name: np.asarray(encoded[name]) for name in names}
+    return [{name: arrays[name][index][mask[index]].tolist() for name in names} for index in range(count)]
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.from_numpy(np.stack([np.asarray(item) for item in value]))
+
+
+def _decode(sample: VqaSample) -> Image.Image:
+    image = sample.image
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+    assert image is not None
+    return image if image.mode == "RGB" else image.convert("RGB")
