@@ -1,0 +1,497 @@
+"""DiGraP: Directional Gradient Projection (ICLR 2025, arXiv 2502.15895), exact on sharded parameters.
+
+For one layer at step t, with parameter θ(t−1), loss gradient g, anchor θ0, drift δ = θ(t−1) − θ0::
+
+    d = <g, δ>      n = <δ, δ>      c = d / n   (0 where n = 0)
+    t > 1:  h = Σ_rows cos( g, sign(c(t−1)) · δ(t−1) )           the hypergradient dL/dω, normalized
+            ω = clip( ω − μ · Adam(h; omega_betas, ε = 1e-8), 0, omega_max )
+    conflict ⇔ d < 0 :   g' = g − ω c δ                          else g' = g
+    AdamW on g'
+
+A step reads top to bottom as :meth:`DiGraP.step`: the sums of the local pieces, one reduction, the scalars of all
+layers at once, one look by the host, the update of the local pieces. The previous projection is not stored: its
+direction is ±δ(t−1), which is rebuilt from Adam's moments (:func:`scale_digrap.optim.functional.previous_drifts`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scale_digrap.optim import functional as F  # noqa: N812
+from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.telemetry import LayerStats
+from scale_digrap.sharding.layout import RowRun
+
+logger = logging.getLogger(__name__)
+
+# Rows of the packed sums. A layer counts as one row (no row sums) with normalization="tensor" and below two dimensions:
+# then DIRECTION holds <g, δ'> and PREVIOUS ‖δ'‖²; else DIRECTION holds the sum of the cosines of the whole rows.
+DOT, DRIFT, GRAD, ANCHOR, HAS_GRAD, DIRECTION, PREVIOUS, N_SUMS = range(8)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``[start, stop)`` of one run of one layer's local tensor."""
+
+    index: int
+    run: RowRun
+    start: int
+    stop: int
+    slots: Tensor | None
+
+    def of(self, local: Tensor, sliced: bool) -> Tensor:
+        """This piece of a local tensor; ``sliced`` for a 1-D slice of a flattened layer."""
+        if sliced:
+            run, rows = self.run, self.stop - self.start
+            return local.narrow(0, run.start + self.start * run.cols, rows * run.cols).view(rows, run.cols)
+        if self.start == 0 and self.stop == self.run.rows:
+            return local
+        return local.narrow(0, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pieces that one pass treats together: of one group, of one kind, and few enough for small temporaries."""
+
+    group: int
+    pieces: tuple[_Piece, ...]
+    anchored: bool
+    stored: bool
+    by_rows: bool
+
+
+class DiGraP(AnchoredOptimizer):
+    r"""AdamW with DiGraP's projection: where the gradient conflicts with the pull back to the pre-trained weights, part
+    of the conflicting component is removed; how much, ω, is learned per layer.
+
+    Works unchanged on plain tensors, under DDP, and on FSDP2, HSDP, tensor-parallel and FSDP1
+    (``use_orig_params=True``) parameters, with one all-reduce per step for all layers. All ranks of ``process_group``
+    step together.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either. Names appear in telemetry and errors.
+        lr: learning rate α, a float or a 0-d tensor.
+        betas: Adam's (β1, β2) for the parameters.
+        eps: Adam's ε, outside the root.
+        weight_decay: decoupled weight decay λ towards zero, as in AdamW.
+        omega_lr: learning rate μ of ω.
+        omega_betas: Adam's betas for ω.
+        omega_max: upper bound κ of ω.
+        normalization: ``"row"``, the sum over rows of row cosines; ``"tensor"``, one cosine for the layer.
+        project_when: ``"conflict"``, project where <g, δ> < 0; ``"agree"``, where it is > 0.
+        anchor: ``"initial"``, the value when the state is created; ``"zero"``, nothing is stored (LoRA factors); a
+            mapping from names to tensors of the unsharded shapes; ``None``, no anchor, plain AdamW (new heads).
+        anchor_dtype: ``"auto"``, bfloat16 where every element of the layer survives it and float32 elsewhere;
+            ``"float32"``; or ``"bfloat16"``, refused where not exact.
+        process_group: the ranks over which layers are complete; the world by default. Needed only where tensors do not
+            tell, such as an optimizer that one pipeline stage or one rank alone steps.
+
+    Every option but ``process_group`` can be set per group. Call :meth:`init_state` after sharding and loading the
+    pre-trained weights, or let the first ``step()`` do it.
+
+    Raises:
+        ValueError: an option out of range or unknown, an anchor mapping that does not fit; at the latest by the first
+            step, parameters in bf16 or fp16.
+        RuntimeError: sparse gradients.
+
+    Example::
+
+        optimizer = DiGraP(model.named_parameters(), lr=1e-5)
+        optimizer = DiGraP([{"params": lora, "anchor": "zero"}, {"params": head, "anchor": None}], lr=1e-3)
+    """
+
+    layer_scalars = (
+        "omega",
+        "omega_exp_avg",
+        "omega_exp_avg_sq",
+        "conflict_sign",
+        "conflict_count",
+        "previous_lr",
+        "previous_weight_decay",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        omega_lr: float = 0.5,
+        omega_betas: tuple[float, float] = (0.9, 0.999),
+        omega_max: float = 1.0,
+        normalization: str = "row",
+        project_when: str = "conflict",
+        anchor: str | Mapping[str, Tensor] | None = "initial",
+        anchor_dtype: str | torch.dtype = "auto",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "omega_lr": omega_lr,
+            "omega_betas": omega_betas,
+            "omega_max": omega_max,
+            "normalization": normalization,
+            "project_when": project_when,
+            "anchor": anchor,
+            "anchor_dtype": str(anchor_dtype).removeprefix("torch."),
+        }
+        #: Steps left out for all layers on all ranks because a sum was not finite.
+        self.skipped_steps = 0
+        super().__init__(params, defaults, process_group)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        if not group["omega_lr"] >= 0.0:
+            raise ValueError(f"Invalid omega_lr: {group['omega_lr']} (must be at least 0)")
+        if not 0.0 <= group["omega_max"] <= 1.0:
+            raise ValueError(f"Invalid omega_max: {group['omega_max']} (must be in [0, 1])")
+        for key, values in (("normalization", ("row", "tensor")), ("project_when", ("conflict", "agree"))):
+            if group[key] not in values:
+                raise ValueError(f"Invalid {key}: {group[key]!r} (use {' or '.join(map(repr, values))})")
+
+    def _by_rows(self, group: Mapping[str, Any]) -> bool:
+        return group["normalization"] == "row" and group["anchor"] is not None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("skipped_steps", 0)
+
+    def _reset_caches(self) -> None:
+        super()._reset_caches()
+        self._last: dict[str, Tensor] = {}
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    def _after_pack(self) -> None:
+        """Rebuild what follows from layout and state: views of the moments, blocks, host copies of steps and α."""
+        layout = self._layout
+        assert layout is not None
+        states = [self.state[param] for param in self._params]
+        self._exp_avgs = [layout.local(state["exp_avg"]) for state in states]
+        self._exp_avg_sqs = [layout.local(state["exp_avg_sq"]) for state in states]
+        self._anchors = [layout.local(state["anchor"]) if "anchor" in state else None for state in states]
+        self._sliced = [placed.offset is not None for placed in layout.placements]
+        self._step_views = list(self._steps.unbind())
+        self._host_steps = [int(step) for step in self._steps.tolist()]
+        scalars = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True))
+        self._host_lrs, self._host_decays = scalars["previous_lr"], scalars["previous_weight_decay"]
+        device = self._packed.device
+        self._group_index = torch.tensor(self._group_of, dtype=torch.int64, device=device)
+        anchored = [self._anchor_kind_of(i) is not None for i in range(len(self._params))]
+        self._anchored = torch.tensor(anchored, dtype=torch.bool, device=device)
+        self._one_row = torch.tensor([not layer.by_rows for layer in layout.layers], dtype=torch.bool, device=device)
+        self._agree = torch.tensor([self._option(i, "project_when") == "agree" for i in range(len(self._params))]).to(
+            device
+        )
+        self._slot_layer = layout.slot_layer.to(device)
+        self._blocks = self._make_blocks(device)
+        # Constant, and sent with every step's sums: ‖θ0‖ then needs no collective of its own.
+        self._anchor_sums = torch.zeros(len(self._params), dtype=torch.float64, device=device)
+        for index, anchor in enumerate(self._anchors):
+            if anchor is not None and anchor.numel():
+                parts = anchor.reshape(-1).split(1 << 22)
+                self._anchor_sums[index] = sum(part.float().square().sum(dtype=torch.float64) for part in parts)
+
+    def _option(self, index: int, key: str) -> Any:
+        return self.param_groups[self._group_of[index]][key]
+
+    def _make_blocks(self, device: torch.device) -> list[_Block]:
+        # On a CPU a block's temporaries stay in the cache, which is worth a factor of two; elsewhere launches dominate.
+        limit = 1 << 18 if device.type == "cpu" else 1 << 23
+        layout = self._layout
+        assert layout is not None
+        kinds: dict[tuple, list[_Piece]] = {}
+        for index, placed in enumerate(layout.placements):
+            anchored = self._anchor_kind_of(index) is not None
+            kind = (self._group_of[index], anchored, self._anchors[index] is not None, layout.layers[index].by_rows)
+            for run in placed.runs:
+                slots = layout.row_slots(index, run, device)
+                height = max(1, limit // max(run.cols, 1))
+                for start in range(0, run.rows, height):
+                    stop = min(start + height, run.rows)
+                    part = slots[start:stop] if slots is not None else None
+                    # Straddling rows are summed apart: they have no cosine yet.
+                    kinds.setdefault((*kind, part is None), []).append(_Piece(index, run, start, stop, part))
+        blocks: list[_Block] = []
+        for (group, anchored, stored, by_rows, _), pieces in kinds.items():
+            taken: list[_Piece] = []
+            size = 0
+            for piece in pieces:
+                numel = (piece.stop - piece.start) * piece.run.cols
+                if taken and size + numel > limit:
+                    blocks.append(_Block(group, tuple(taken), anchored, stored, by_rows))
+                    taken, size = [], 0
+                taken.append(piece)
+                size += numel
+            blocks.append(_Block(group, tuple(taken), anchored, stored, by_rows))
+        return blocks
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of all layers.
+
+        A layer without a gradient on every rank keeps its parameter and its state. Where any sum is not finite, nothing
+        changes anywhere and :attr:`skipped_steps` counts it.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            the closure's loss, or ``None``.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+            ValueError: see :meth:`init_state`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.init_state()
+        layout = self._layout
+        assert layout is not None
+        if not self._params:
+            return loss
+        params = [layout.local(param) for param in self._params]
+        grads = [layout.local_grad(param) for param in self._params]
+
+        sums, row_sums = self._local_sums(params, grads)
+        layout.reduce_(sums, row_sums)
+        commit, report = self._layer_math(sums, row_sums)
+
+        # The step's one look at the device: how far each layer is projected, which layers move, whether all is finite.
+        scales, moves, finite = report.tolist()
+        if not finite[0]:
+            self._skip(sums)
+            return loss
+        if self._is_state_probe(sums):
+            return loss
+        commit()
+        self._update(params, grads, scales, [flag > 0 for flag in moves])
+        return loss
+
+    def _local_sums(self, params: list[Tensor], grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """This rank's part of every layer's sums.
+
+        Returns:
+            float64 ``[N_SUMS, n_layers]``, and float64 ``[3, n_slots]`` of <g, δ'>, ‖g‖², ‖δ'‖² of straddling rows.
+        """
+        layout, device = self._layout, self._packed.device
+        assert layout is not None
+        sums = torch.zeros((N_SUMS, len(params)), dtype=torch.float64, device=device)
+        row_sums = torch.zeros((3, layout.n_slots), dtype=torch.float64, device=device)
+        sums[ANCHOR] = self._anchor_sums
+        sums[HAS_GRAD] = torch.tensor([grad is not None for grad in grads], dtype=torch.float64).to(device)
+        for block in self._blocks:
+            pieces = [piece for piece in block.pieces if grads[piece.index] is not None]
+            if not pieces:
+                continue
+            index = torch.tensor([piece.index for piece in pieces], device=device)
+            g = self._views(pieces, grads)
+            if not block.anchored:
+                sums[GRAD].index_add_(0, index, F.dots(g, g))
+                continue
+            p, a = self._views(pieces, params), self._views(pieces, self._anchors)
+            drift = F.drifts(p, a)
+            sums[DOT].index_add_(0, index, F.dots(g, drift))
+            sums[DRIFT].index_add_(0, index, F.dots(drift, drift))
+            previous = None
+            if any(self._host_steps[piece.index] > 1 for piece in pieces):
+                group = self.param_groups[block.group]
+                previous = F.previous_drifts(
+                    p,
+                    drift,
+                    a,
+                    self._views(pieces, self._exp_avgs),
+                    self._views(pieces, self._exp_avg_sqs),
+                    [self._host_steps[piece.index] for piece in pieces],
+                    [self._host_lrs[piece.index] for piece in pieces],
+                    [self._host_decays[piece.index] for piece in pieces],
+                    group["betas"],
+                    group["eps"],
+                )
+            if not block.by_rows:
+                sums[GRAD].index_add_(0, index, F.dots(g, g))
+                if previous is not None:
+                    sums[DIRECTION].index_add_(0, index, F.dots(g, previous))
+                    sums[PREVIOUS].index_add_(0, index, F.dots(previous, previous))
+                continue
+            counts = torch.tensor([piece.stop - piece.start for piece in pieces], device=device)
+            owner = torch.repeat_interleave(index, counts, output_size=sum(p.stop - p.start for p in pieces))
+            grad_sq = F.row_squares(g)
+            sums[GRAD].index_add_(0, owner, grad_sq)
+            if previous is None:
+                continue
+            dot, previous_sq = F.row_dots(g, previous), F.row_squares(previous)
+            if pieces[0].slots is None:
+                sums[DIRECTION].index_add_(0, owner, F.cosines(dot, grad_sq, previous_sq))
+            else:
+                slots = torch.cat([piece.slots for piece in pieces])  # type: ignore[misc]
+                row_sums.index_add_(1, slots, torch.stack([dot, grad_sq, previous_sq]))
+        return sums, row_sums
+
+    def _views(self, pieces: list[_Piece], tensors: list[Any]) -> list[Any]:
+        return [
+            None if tensors[piece.index] is None else piece.of(tensors[piece.index], self._sliced[piece.index])
+            for piece in pieces
+        ]
+
+    def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """All layers' scalars at once, from the reduced sums; no host sync.
+
+        Returns:
+            a function that writes the new scalars, and float64 ``[3, n_layers]``: projection scale ω c (0 where a layer
+            is not projected), whether the layer moves, whether all is finite.
+        """
+        groups = [
+            (g["omega_lr"], *g["omega_betas"], g["omega_max"], float(g["lr"]), g["weight_decay"])
+            for g in self.param_groups
+        ]
+        options = torch.tensor(groups, dtype=torch.float64).to(sums.device)[self._group_index].unbind(1)
+        omega_lr, beta1, beta2, omega_max, lr, weight_decay = options
+        omega, exp_avg, exp_avg_sq, sign, count, previous_lr, previous_decay = self._packed.unbind()
+        zero = torch.zeros_like(omega)
+
+        live = sums[HAS_GRAD] > 0
+        step = self._steps.double() + live
+        cosine = torch.where(self._one_row, F.cosines(sums[DIRECTION], sums[GRAD], sums[PREVIOUS]), sums[DIRECTION])
+        cosine = cosine.index_add(0, self._slot_layer, F.cosines(*row_sums))
+        # proj(t−1) = c(t−1) δ(t−1): with c(t−1) = 0, as at t = 2, what was rebuilt is rounding noise and must not count
+        hypergrad = torch.where(sign == 0, zero, sign * cosine)
+        learned = live & self._anchored & (step > 1)
+        new = F.next_omega(omega, exp_avg, exp_avg_sq, hypergrad, step.clamp_min(1), omega_lr, beta1, beta2, omega_max)
+        new_omega, new_exp_avg, new_exp_avg_sq = (
+            torch.where(learned, fresh, old) for fresh, old in zip(new, (omega, exp_avg, exp_avg_sq), strict=True)
+        )
+        dot, drift_sq = sums[DOT], sums[DRIFT]
+        coefficient = torch.where(drift_sq > 0, dot / drift_sq, zero)
+        conflict = dot < 0
+        project = live & self._anchored & torch.where(self._agree, dot > 0, conflict)
+        scale = torch.where(project, new_omega * coefficient, zero)
+        finite = torch.isfinite(sums[: GRAD + 1]).all() & torch.isfinite(hypergrad).all()
+        step_norms = {"sums": sums, "omega": new_omega, "conflict": conflict}
+
+        def commit() -> None:
+            omega.copy_(new_omega)
+            exp_avg.copy_(new_exp_avg)
+            exp_avg_sq.copy_(new_exp_avg_sq)
+            sign.copy_(torch.where(live, coefficient.sign(), sign))
+            count.add_(live & conflict)
+            previous_lr.copy_(torch.where(live, lr, previous_lr))
+            previous_decay.copy_(torch.where(live, weight_decay, previous_decay))
+            self._steps.add_(live)
+            self._last = step_norms
+
+        return commit, torch.stack([scale, live.double(), finite.double().expand_as(scale)])
+
+    def _update(self, params: list[Tensor], grads: list[Tensor | None], scales: list[float], live: list[bool]) -> None:
+        """AdamW on the local pieces: projected layers block by block, the others as they are."""
+        for index in range(len(params)):
+            if live[index]:
+                group = self.param_groups[self._group_of[index]]
+                self._host_steps[index] += 1
+                self._host_lrs[index] = float(group["lr"])
+                self._host_decays[index] = group["weight_decay"]
+                if grads[index] is None:  # another rank had a gradient for its piece of the layer: here it is zero
+                    grads[index] = torch.zeros_like(params[index])
+        for number, group in enumerate(self.param_groups):
+            plain = [
+                index
+                for index, owner in enumerate(self._group_of)
+                if owner == number and live[index] and scales[index] == 0 and params[index].numel()
+            ]
+            self._adamw(group, *([tensors[i] for i in plain] for tensors in self._update_lists(params, grads)), plain)
+        for block in self._blocks:
+            pieces = [piece for piece in block.pieces if live[piece.index] and scales[piece.index] != 0]
+            if not pieces:
+                continue
+            p, a, g = (self._views(pieces, tensors) for tensors in (params, self._anchors, grads))
+            projected = F.projected_gradients(
+                g, F.drifts(p, a), [scales[piece.index] for piece in pieces], owned=block.stored
+            )
+            m, v = self._views(pieces, self._exp_avgs), self._views(pieces, self._exp_avg_sqs)
+            self._adamw(self.param_groups[block.group], p, projected, m, v, [piece.index for piece in pieces])
+
+    def _update_lists(self, params: list[Tensor], grads: list[Tensor | None]) -> tuple[list, ...]:
+        return params, grads, self._exp_avgs, self._exp_avg_sqs
+
+    def _adamw(self, group: dict, p: list, g: list, m: list, v: list, indices: list[int]) -> None:
+        options = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
+        steps = [self._step_views[index] for index in indices]
+        F.adamw_(p, g, m, v, steps, [self._host_steps[index] for index in indices], options)
+
+    def _skip(self, sums: Tensor) -> None:
+        """Count a step that is left out, and name the layers; every rank has the same sums and does the same."""
+        self.skipped_steps += 1
+        bad = (~torch.isfinite(sums[: GRAD + 1])).any(0).tolist()
+        names = [name for name, flag in zip(self._names, bad, strict=True) if flag]
+        if not dist.is_initialized() or dist.get_rank(self._process_group) == 0:
+            logger.warning(
+                "step skipped on all ranks (%d so far): non-finite sums in %d of %d layers, first %s",
+                self.skipped_steps, len(names), len(self._names), ", ".join(names[:5]) or "the hypergradient",
+            )  # fmt: skip
+
+    def _is_state_probe(self, sums: Tensor) -> bool:
+        """Whether this is ``torch.distributed.checkpoint`` stepping with zero gradients and lr = 0 to create state.
+
+        Counting that step would lose t = 1, where ω must still be 0 and no previous projection exists.
+        """
+        if any(self._host_steps) or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return float(sums[GRAD].sum()) == 0.0
+
+    # -- telemetry -----------------------------------------------------------------------------------------------------
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """The last step's figures of every layer that has an anchor, equal on all ranks, without a collective.
+
+        Raises:
+            RuntimeError: no step has been taken since the optimizer was made or loaded.
+        """
+        sums = self._last_sums()
+        dot, drift_sq, grad_sq, anchor_sq = sums[: ANCHOR + 1].tolist()
+        omega, conflict = self._last["omega"].tolist(), self._last["conflict"].tolist()
+        count = self._packed[self.layer_scalars.index("conflict_count")].tolist()
+        stats = {}
+        for i, name in enumerate(self._names):
+            if self._anchor_kind_of(i) is None:
+                continue
+            norms = math.sqrt(grad_sq[i]) * math.sqrt(drift_sq[i])
+            stats[name] = LayerStats(
+                omega=omega[i],
+                conflict=bool(conflict[i]),
+                conflict_rate=count[i] / max(self._host_steps[i], 1),
+                drift=math.sqrt(drift_sq[i]),
+                relative_drift=math.sqrt(drift_sq[i] / anchor_sq[i]) if anchor_sq[i] > 0 else math.nan,
+                cosine=dot[i] / norms if norms > 0 else 0.0,
+                grad_norm=math.sqrt(grad_sq[i]),
+            )
+        return stats
+
+    def grad_norm(self) -> float:
+        """‖g‖ over all layers of the last step, as the optimizer was given it; without a collective.
+
+        Raises:
+            RuntimeError: no step has been taken since the optimizer was made or loaded.
+        """
+        return math.sqrt(self._last_sums()[GRAD].sum().item())
+
+    def _last_sums(self) -> Tensor:
+        if "sums" not in self._last:
+            raise RuntimeError("no step has been taken yet: telemetry describes the last step()")
+        return self._last["sums"]

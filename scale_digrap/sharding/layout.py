@@ -1,0 +1,250 @@
+"""Where layers live: the pieces of each layer on this rank, and how per-layer sums are completed over the ranks.
+
+A *layer* is one named parameter tensor of the unsharded model. An optimizer that needs a layer's inner products adds up
+its local pieces and calls :meth:`ShardLayout.reduce_` once per step for all layers; everything that a particular way of
+sharding requires is behind this class and the :class:`Placement` that describes one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Consecutive rows, or one part of a row, of a layer in the local tensor.
+
+    A row is ``tensor.view(shape[0], -1)[r]`` of the unsharded layer.
+
+    Attributes:
+        start: offset of the run in the flattened local tensor, in elements.
+        rows: number of rows in the run.
+        cols: elements of each row that are on this rank.
+        row_ids: int64 ``[rows]``, the rows' numbers in the unsharded layer, where the rows are completed by other
+            ranks; ``None`` where every row of the run lies whole on this rank.
+    """
+
+    start: int
+    rows: int
+    cols: int
+    row_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one tensor that the optimizer sees is, in terms of its layer.
+
+    Attributes:
+        shape: shape of the unsharded layer.
+        shards: into how many distinct shards the layer is cut; a rank group of size ``world`` then holds
+            ``world / shards`` copies of each.
+        runs: the local rows; empty for an empty shard.
+        offset: where the local tensor is a 1-D slice of the flattened layer, the place of its first element in the
+            layer; ``None`` where it is an N-D block.
+    """
+
+    shape: torch.Size
+    shards: int
+    runs: tuple[RowRun, ...]
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A named parameter tensor of the unsharded model; ``by_rows`` asks for its row sums."""
+
+    name: str
+    shape: torch.Size
+    by_rows: bool
+
+
+@dataclass
+class ShardLayout:
+    """The layers of one optimizer, their local pieces, and the one reduction that completes their sums.
+
+    Building it is a collective call over ``process_group`` (the world where it is ``None``): every rank passes the same
+    layers in the same order. Ranks that hold other layers (pipeline stages) are told apart by name and shape and get a
+    reduction of their own.
+
+    Attributes:
+        layers: the layers, in the optimizer's order.
+        placements: for each layer, what the local tensor holds.
+        comm_device: where collectives run (a CPU-offloaded shard on a GPU mesh is reduced on the GPU).
+        process_group: the ranks over which sums run.
+        slots: for each layer, the position of each straddling row among all straddling rows: ``{row id: slot}``.
+        slot_layer: int64 ``[n_slots]``, the layer that each straddling row belongs to.
+    """
+
+    layers: Sequence[Layer]
+    placements: Sequence[Placement]
+    comm_device: torch.device
+    process_group: dist.ProcessGroup | None = None
+    slots: list[dict[int, int]] = field(init=False)
+    slot_layer: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        straddling = [
+            None
+            if not layer.by_rows
+            else sorted({int(r) for run in placed.runs if run.row_ids is not None for r in run.row_ids})
+            for layer, placed in zip(self.layers, self.placements, strict=True)
+        ]
+        self.world_size = 1
+        if dist.is_available() and dist.is_initialized():
+            straddling = self._agree(straddling)
+        self.slots, owner = [], []
+        for index, rows in enumerate(straddling):
+            self.slots.append({row: len(owner) + k for k, row in enumerate(rows or ())})
+            owner += [index] * len(rows or ())
+        self.slot_layer = torch.tensor(owner, dtype=torch.int64, device=self.comm_device)
+        # Every shard is held by world / shards ranks: weighting each rank's part with the inverse makes ONE sum over
+        # all ranks right for every layer at once, sharded, replicated or both, with the same bits on every replica.
+        weight = [placed.shards / self.world_size for placed in self.placements]
+        self._weight = torch.tensor(weight, dtype=torch.float64, device=self.comm_device)
+        self._slot_weight = self._weight[self.slot_layer]
+
+    def _agree(self, straddling: list[list[int] | None]) -> list[list[int] | None]:
+        """Find the ranks that hold the same layers, and all rows that straddle any two of them."""
+        group = self.process_group
+        # Row numbers can be many (a column-sharded matrix straddles in every row): a full range travels as its length.
+        packed = [
+            rows if rows is None or rows != list(range(layer.shape[0])) else len(rows)
+            for layer, rows in zip(self.layers, straddling, strict=True)
+        ]
+        identity = hashlib.sha256(
+            repr([(layer.name, tuple(layer.shape)) for layer in self.layers]).encode()
+        ).hexdigest()
+        gathered: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (identity, packed), group=group)
+        identities = [name for name, _ in gathered]
+        if len(set(identities)) > 1:
+            if group is not None:
+                raise ValueError(
+                    f"the {len(identities)} ranks of process_group hold {len(set(identities))} different sets of"
+                    " layers; pass the group of the ranks that hold the same layers (one pipeline stage)"
+                )
+            for name in sorted(set(identities)):
+                ranks = [rank for rank, other in enumerate(identities) if other == name]
+                subgroup = dist.new_group(ranks)  # every rank takes part in the making of every group
+                if name == identity:
+                    self.process_group = subgroup
+            gathered = [item for item in gathered if item[0] == identity]
+        self.world_size = len(gathered)
+        union: list[list[int] | None] = []
+        for index, layer in enumerate(self.layers):
+            if not layer.by_rows:
+                union.append(None)
+                continue
+            rows: set[int] = set()
+            for _, theirs in gathered:
+                part = theirs[index]
+                rows.update(range(part) if isinstance(part, int) else part)
+            union.append(sorted(rows))
+        return union
+
+    @staticmethod
+    def local(tensor: Tensor) -> Tensor:
+        """The local elements of a parameter or of a state tensor made like it, sharing storage; under ``no_grad``."""
+        from scale_digrap.sharding import dtensor
+
+        return dtensor.local(tensor)
+
+    @staticmethod
+    def local_grad(param: Tensor) -> Tensor | None:
+        """The local gradient, laid out as :meth:`local` of the parameter; ``None`` where there is none.
+
+        Raises:
+            RuntimeError: the gradient is sparse.
+        """
+        from scale_digrap.sharding import dtensor
+
+        return dtensor.local_grad(param)
+
+    @property
+    def n_slots(self) -> int:
+        """How many rows are completed only by the reduction."""
+        return len(self.slot_layer)
+
+    def row_slots(self, index: int, run: RowRun, device: torch.device) -> Tensor | None:
+        """int64 ``[run.rows]``: the slots of a straddling run's rows, ``None`` for a run of whole rows."""
+        if run.row_ids is None or not self.layers[index].by_rows:
+            return None
+        table = self.slots[index]
+        return torch.tensor([table[int(row)] for row in run.row_ids], dtype=torch.int64, device=device)
+
+    def shard_like(self, index: int, param: Tensor, full: Tensor) -> Tensor:
+        """The part of an unsharded tensor that corresponds to a layer's local tensor, wrapped as ``param`` is.
+
+        Args:
+            index: the layer.
+            param: its parameter on this rank.
+            full: a tensor of the unsharded layer's shape, or a DTensor of it.
+        """
+        from scale_digrap.sharding import dtensor
+
+        offset = self.placements[index].offset
+        if offset is None:
+            return dtensor.shard_like(param, full)
+        return full.detach().reshape(-1)[offset : offset + param.numel()].to(param.device).clone()
+
+    @torch.no_grad()
+    def reduce_(self, sums: Tensor, row_sums: Tensor) -> None:
+        """Complete per-layer and per-row partial sums over all ranks, in place, with ONE all-reduce.
+
+        Args:
+            sums: float64 ``[k, n_layers]``, this rank's partial sums.
+            row_sums: float64 ``[3, n_slots]``, this rank's part of the rows that straddle ranks.
+        """
+        if self.world_size == 1:
+            return
+        weighted = (sums.to(self.comm_device) * self._weight, row_sums.to(self.comm_device) * self._slot_weight)
+        packed = torch.cat([part.reshape(-1) for part in weighted])
+        dist.all_reduce(packed, group=self.process_group)
+        sums.copy_(packed[: sums.numel()].view_as(sums))
+        row_sums.copy_(packed[sums.numel() :].view_as(row_sums))
+
+    @torch.no_grad()
+    def any_(self, flags: Tensor) -> None:
+        """Make a bool tensor true wherever any rank's is, in place; for set-up, not for steps."""
+        if self.world_size > 1:
+            counts = flags.to(self.comm_device, torch.float32)
+            dist.all_reduce(counts, group=self.process_group)
+            flags.copy_(counts > 0)
+
+
+def layout_for(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    by_rows: Sequence[bool],
+    process_group: dist.ProcessGroup | None = None,
+) -> ShardLayout:
+    """The layout of plain, DDP, FSDP1, FSDP2, HSDP and tensor-parallel parameters, in any mixture.
+
+    Args:
+        names: one name per parameter.
+        params: the parameters as the optimizer sees them.
+        by_rows: for each parameter, whether its row sums are wanted (ignored below two dimensions).
+        process_group: the ranks over which sums run; the world where ``None``.
+
+    Raises:
+        ValueError: the parameters live on devices of several types, or ranks of ``process_group`` disagree on the
+            layers.
+    """
+    from scale_digrap.sharding import dtensor, fsdp1
+
+    devices = {dtensor.comm_device(param) for param in params}
+    if len(devices) > 1:
+        raise ValueError(f"parameters on several devices: {sorted(map(str, devices))}; use one optimizer per device")
+    flat = fsdp1.placements(params)
+    placements = [flat.get(id(param)) or dtensor.placement(param) for param in params]
+    layers = [
+        Layer(name, placed.shape, rows and len(placed.shape) > 1)
+        for name, placed, rows in zip(names, placements, by_rows, strict=True)
+    ]
+    return ShardLayout(layers, placements, devices.pop() if devices else torch.device("cpu"), process_group)
