@@ -40,9 +40,8 @@ _CONTRACTED = """
 _CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
 }
-_CONTRACTIONS["somebody'd"] = (
-    "somebodyd"  # the benchmark's own table has this entry the wrong way round; scores depend on it
-)
+# The benchmark's own table has this entry the wrong way round, and scores depend on it.
+_CONTRACTIONS["somebody'd"] = "somebodyd"
 
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS.split())} | {"none": "0"}
