@@ -33,16 +33,15 @@ class SeedSummary:
     seeds: int
 
 
-def bootstrap_interval(
-    scores: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap interval of the mean score.
+def bootstrap_means(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Means of bootstrap samples of the questions, shape [resamples].
+
+    Averages over suites have the mean of their suites' arrays as their own, if the suites were given different seeds.
 
     Args:
         scores: one score per question, shape [n].
-        confidence: nominal coverage.
         resamples: bootstrap samples.
-        seed: of the resampling; the same scores give the same interval.
+        seed: of the resampling; the same scores and seed give the same means.
 
     Raises:
         ValueError: no scores.
@@ -51,17 +50,22 @@ def bootstrap_interval(
     if values.size == 0:
         raise ValueError("no scores to take an interval of")
     if values.size == 1 or np.all(values == values[0]):  # scipy warns about a degenerate distribution
-        return Interval(float(values[0]), float(values[0]))
+        return np.full(resamples, values[0])
     result = stats.bootstrap(
         (values,),
         np.mean,
-        confidence_level=confidence,
         n_resamples=resamples,
         batch=max(1, 4_000_000 // values.size),  # at most 32 MB at a time
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))
+    return result.bootstrap_distribution
+
+
+def percentile_interval(means: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """Percentile bootstrap interval out of `bootstrap_means`."""
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
 
 
 def over_seeds(values: Sequence[float]) -> SeedSummary:

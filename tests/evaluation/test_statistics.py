@@ -5,22 +5,31 @@ import math
 import numpy as np
 import pytest
 
-from scale_digrap.evaluation.statistics import bootstrap_interval, over_seeds, paired_half_width
+from scale_digrap.evaluation.statistics import bootstrap_means, over_seeds, paired_half_width, percentile_interval
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
     scores = [1.0] * 300 + [0.0] * 200
-    interval = bootstrap_interval(scores)
+    interval = percentile_interval(bootstrap_means(scores))
     half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
     assert interval.low == pytest.approx(0.6 - half, abs=0.006)
     assert interval.high == pytest.approx(0.6 + half, abs=0.006)
-    assert bootstrap_interval(scores) == interval
+    assert percentile_interval(bootstrap_means(scores)) == interval
+
+
+def test_bootstrap_of_an_average_over_suites():
+    """Independent suites: the variances add, over the square of their number."""
+    suites = [[1.0] * 300 + [0.0] * 200, [1.0] * 250 + [0.0] * 250]
+    means = np.mean([bootstrap_means(scores, seed=index) for index, scores in enumerate(suites)], axis=0)
+    interval = percentile_interval(means)
+    half = 1.96 * math.sqrt((0.6 * 0.4 + 0.5 * 0.5) / 500) / 2
+    assert interval.high - interval.low == pytest.approx(2 * half, rel=0.07)
 
 
 def test_bootstrap_of_equal_scores_is_a_point():
-    assert bootstrap_interval([1.0] * 7).low == 1.0
+    assert percentile_interval(bootstrap_means([1.0] * 7)).low == 1.0
     with pytest.raises(ValueError, match="no scores"):
-        bootstrap_interval([])
+        bootstrap_means([])
 
 
 def test_over_seeds_uses_the_sample_standard_deviation():

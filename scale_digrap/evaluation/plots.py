@@ -1,0 +1,256 @@
+"""Figures of a comparison, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from scale_digrap.evaluation.results import Cell, Comparison, Method, MethodRun, finite
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+}
+_HUES = {"base": "Greys", "full": "Blues", "lora": "Oranges"}
+_MATRIX_LIMIT = 60
+"""Rows of a layer figure up to which every row is labelled."""
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """Every figure that the comparison has data for, by file name without its ending."""
+    drawn = {"accuracy": accuracy(comparison)}
+    for method in comparison.methods:
+        runs = [run for run in comparison.runs_of(method.key) if run.telemetry]
+        if runs:
+            drawn[f"layers_{method.key}"] = layers_over_time(method, runs[0])
+    by_family: dict[str, list[Method]] = {}
+    for method in comparison.methods:
+        if any(run.drift for run in comparison.runs_of(method.key)):
+            by_family.setdefault(method.family, []).append(method)
+    for family, methods in by_family.items():
+        drawn[f"drift_{family}"] = drift(comparison, methods)
+    return drawn
+
+
+def accuracy(comparison: Comparison) -> Figure:
+    """Bars per suite and per average, one per method; error bars: ± std over seeds, or 95 % over questions."""
+    columns = comparison.columns
+    panels = [
+        ("Suites", [column for column in columns if not column.is_average]),
+        ("Averages over suites", [column for column in columns if column.is_average]),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    colours = method_colours(comparison.methods)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.6 * len(panels) + 0.8), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(len(panels), 1))
+        for axis, (title, members) in zip(axes, panels, strict=True):
+            width = 0.84 / len(comparison.methods)
+            for index, method in enumerate(comparison.methods):
+                offset = (index - (len(comparison.methods) - 1) / 2) * width
+                for place, column in enumerate(members):
+                    cell = comparison.table[method.key][column.key]
+                    if cell is None:
+                        axis.text(place + offset, 1, "–", ha="center", va="bottom", fontsize=7)
+                        continue
+                    label = method.label if place == 0 else None
+                    height, error = 100 * cell.mean, _error(cell)
+                    axis.bar(
+                        place + offset, height, 0.9 * width, color=colours[method.key], label=label, yerr=error,
+                        error_kw={"elinewidth": 0.9, "ecolor": "#222222", "capsize": 1.5},
+                    )  # fmt: skip
+                    top = height + error[1][0] + 1
+                    axis.text(
+                        place + offset, top, f"{height:.0f}", ha="center", va="bottom", fontsize=6.5, color="#333333"
+                    )
+            axis.set_xticks(range(len(members)), [_bar_label(comparison, column) for column in members])
+            axis.tick_params(axis="x", length=0)
+            axis.set_xlim(-0.55, len(members) - 0.45)
+            axis.set_ylim(0, 108)
+            axis.set_yticks(range(0, 101, 20))
+            axis.grid(axis="y")
+            axis.set_ylabel("VQA score (%)")
+            axis.set_title(title)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8.5)
+    return figure
+
+
+def layers_over_time(method: Method, run: MethodRun) -> Figure:
+    """Projection strength ω and conflict rate per layer (rows) over the steps (columns) of one run."""
+    steps = [int(line["step"]) for line in run.telemetry]
+    names, hidden = _shown(list(run.telemetry[-1]["layers"]))
+    values = {
+        quantity: np.array([[_number(line["layers"].get(name), quantity) for line in run.telemetry] for name in names])
+        for quantity in ("omega", "conflict_rate")
+    }
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, max(3.2, 0.155 * len(names) + 1.5)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axis, quantity, title, palette in (
+            (left, "omega", "Projection strength ω", "viridis"),
+            (right, "conflict_rate", "Conflict rate: share of steps so far with ⟨g, δ⟩ < 0", "magma"),
+        ):
+            # ω is often far below 1, where a fixed scale would show nothing: the colour bar tells the scale
+            top = max([0.1, *finite(values[quantity].ravel())])
+            image = axis.pcolormesh(
+                _edges(steps), np.arange(len(names) + 1), values[quantity], cmap=palette, vmin=0.0, vmax=top
+            )
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("Optimizer step")
+            axis.tick_params(axis="y", length=0)
+            figure.colorbar(image, ax=axis, shrink=min(1.0, 14 / len(names)) if len(names) > 14 else 1.0, pad=0.02)
+        _label_rows(left, names, np.arange(len(names)) + 0.5)
+        left.invert_yaxis()
+        note = f" · {hidden} norms and biases not shown" if hidden else ""
+        figure.suptitle(f"{method.label}, seed {run.seed}{note}", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
+    """‖θ − θ0‖ / ‖θ0‖ per layer at the end of training, mean over seeds, a mark per method. LoRA: ‖ΔW‖ / ‖W‖."""
+    means: dict[str, dict[str, float]] = {}
+    for method in methods:
+        runs = [run for run in comparison.runs_of(method.key) if run.drift]
+        for name in runs[0].drift:
+            present = finite(run.drift.get(name, {}).get("relative_drift") for run in runs)
+            if present:
+                means.setdefault(name, {})[method.key] = sum(present) / len(present)
+    names, hidden = _shown(list(means))
+    hue = colormaps[_HUES.get(methods[0].family, "Greens")]
+    colours = {method.key: hue(0.85) if index else "#8a8a8a" for index, method in enumerate(methods)}
+    markers = "osD^v"
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.5, max(3.0, 0.155 * len(names) + 1.6)), layout="constrained")
+        axis = figure.subplots()
+        rows = np.arange(len(names))
+        for row, name in enumerate(names):
+            found = list(means[name].values())
+            axis.plot([min(found), max(found)], [row, row], color="#bbbbbb", linewidth=1, zorder=1)
+        for index, method in enumerate(methods):
+            points = [(means[name][method.key], row) for row, name in enumerate(names) if method.key in means[name]]
+            axis.scatter(
+                [x for x, _ in points], [y for _, y in points], s=24, marker=markers[index % len(markers)],
+                color=colours[method.key], edgecolors="white", linewidths=0.4, label=method.label, zorder=2,
+            )  # fmt: skip
+        positive = [value for name in names for value in means[name].values() if value > 0]
+        if positive and max(positive) > 20 * min(positive):
+            axis.set_xscale("log")
+        else:
+            axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axis.grid(axis="x")
+        _label_rows(axis, names, rows)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_xlabel("‖ΔW‖ / ‖W‖" if methods[0].family == "lora" else "‖θ − θ₀‖ / ‖θ₀‖")
+        note = f" ({hidden} norms and biases not shown)" if hidden else ""
+        axis.set_title(f"Drift from the pre-trained weights{note}")
+        figure.legend(loc="outside lower center", ncols=len(methods))
+    return figure
+
+
+def method_colours(methods: Sequence[Method]) -> dict[str, tuple[float, ...]]:
+    """One hue per family, from dark to light in the family's order."""
+    colours = {}
+    for family in {method.family: None for method in methods}:
+        members = [method.key for method in methods if method.family == family]
+        palette = colormaps[_HUES.get(family, "Greens")]
+        shades = np.linspace(0.85, 0.38, len(members)) if len(members) > 1 else [0.55]
+        colours.update({key: palette(shade) for key, shade in zip(members, shades, strict=True)})
+    return colours
+
+
+_SHORT = [
+    (r"^(base_model\.model\.)", ""),
+    (r"\.(default|weight)(?=\.|$)", ""),
+    (r"\bmodel\.", ""),
+    (r"vision_tower(\.vision_model)?|\bvisual\b|\bvision_model\b", "vision"),
+    (r"\blanguage_model\b", "text"),
+    (r"\bmulti_modal_projector\b", "projector"),
+    (r"\bencoder\.", ""),
+    (r"\b(layers|blocks|h)\.(\d+)", r"\2"),
+    (r"\bself_attn\b|\battention\b", "attn"),
+    (r"\b(\w+)_proj\b", r"\1"),
+    (r"\bembeddings\.", ""),
+    (r"\bembed_tokens\b", "embed"),
+    (r"\blora_(A|B)\b", r"\1"),
+    (r"\.", " "),
+]
+
+
+def short_name(name: str) -> str:
+    """A layer's name as a reader would say it: "…language_model.layers.3.self_attn.q_proj.weight" → "text 3 attn q"."""
+    for pattern, replacement in _SHORT:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _shown(names: list[str]) -> tuple[list[str], int]:
+    """Layers that get a row, in the model's order, and how many norms and biases were left out for legibility."""
+    matrices = [name for name in names if not name.endswith(".bias") and not re.search(r"norm", name.split(".")[-2])]
+    return (matrices, len(names) - len(matrices)) if matrices and len(names) > _MATRIX_LIMIT // 2 else (names, 0)
+
+
+def _label_rows(axis: Axes, names: Sequence[str], positions: np.ndarray) -> None:
+    every = max(1, -(-len(names) // _MATRIX_LIMIT))
+    labels = [short_name(name) for name in names][::every]
+    axis.set_yticks(positions[::every], labels, fontsize=7.5)
+    axis.tick_params(axis="y", length=0)
+
+
+def _bar_label(comparison: Comparison, column: Any) -> str:
+    if column.is_average:
+        return f"{column.heading}\nmean of {len(column.suites)}"
+    count = comparison.questions(column.suites[0])
+    return f"{column.heading}\n" + (f"n = {count:,}" if count is not None else "missing")
+
+
+def _error(cell: Cell) -> list[list[float]]:
+    if cell.std is not None:
+        return [[100 * cell.std], [100 * cell.std]]
+    # a percentile interval may lie to one side of the mean of very skewed scores: an error bar cannot be negative
+    low, high = cell.mean - cell.interval.low, cell.interval.high - cell.mean
+    return [[100 * max(0.0, low)], [100 * max(0.0, high)]]
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Column borders half-way between the recorded steps."""
+    centres = np.asarray(steps, dtype=float)
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middle = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
+
+
+def _number(layer: Mapping[str, Any] | None, quantity: str) -> float:
+    value = None if layer is None else layer.get(quantity)
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from scale_digrap.evaluation.plots import short_name
+from scale_digrap.evaluation.report import write_report
+from scale_digrap.evaluation.results import Comparison, Method, MethodRun, ResultsError
+from scale_digrap.evaluation.runner import Record, SuiteResult
+from scale_digrap.evaluation.suites import Suite
+from scale_digrap.evaluation.tables import markdown_table, rich_table, verdicts
+from tests.evaluation.synthetic import METHODS, comparison
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting, collects what a browser would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "data", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    return write_report(comparison(), tmp_path_factory.mktemp("report")).parent
+
+
+def test_every_file_is_written(report: Path):
+    assert {path.name for path in report.iterdir()} == {
+        "results.json",
+        "table.md",
+        "report.html",
+        "accuracy.png",
+        "layers_full-digrap.png",
+        "layers_lora-digrap.png",
+        "drift_full.png",
+        "drift_lora.png",
+    }
+
+
+def test_pictures_show_something(report: Path):
+    for path in report.glob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) >= 400, path.name
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.int16).reshape(-1, 3)
+        coloured = (np.ptp(pixels, axis=1) > 40).mean()
+        assert coloured > 0.001, f"{path.name} is blank"
+
+
+def test_html_needs_nothing_beside_it(report: Path):
+    text = (report / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.loads) == 5
+    for source in page.loads:
+        assert source.startswith("data:image/png;base64,")
+    assert "<script" not in text
+    assert not re.search(r"https?://|url\(|@import", text)
+    for method in METHODS:
+        assert method.label in page.text
+
+
+def test_results_json(report: Path):
+    data = json.loads((report / "results.json").read_text())
+    assert data["schema"] == 1
+    cell = data["table"]["full-digrap"]["id"]
+    assert 0.9 < cell["mean"] < 1.0
+    assert cell["interval"]["low"] < cell["mean"] < cell["interval"]["high"]
+    assert cell["std"] is None
+    assert data["differences"]["full-digrap"]["baseline"] == "full-adamw"
+    assert [suite["questions"] for suite in data["suites"]] == [200] * 6
+
+
+def test_tables_agree(report: Path):
+    table = (report / "table.md").read_text()
+    made = comparison()
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    console.print(rich_table(made))
+    terminal = console.file.getvalue()
+    near = np.mean(
+        [made.run("full-adamw", 0).suites[name].accuracy for name in ("vision", "question", "answer", "multimodal")]
+    )
+    for text in (table, terminal, (report / "report.html").read_text()):
+        assert f"{100 * near:.1f}" in text
+
+
+def test_missing_suite_shows_in_its_averages_and_in_the_notes():
+    made = comparison(missing="answer")
+    row = next(line for line in markdown_table(made).splitlines() if line.startswith("| LoRA DiGraP"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert [index for index, cell in enumerate(cells) if cell == "–"] == [4, 7, 8, 9]  # answer, near, OOD, all
+    assert "Incomplete, marked –: LoRA DiGraP" in markdown_table(made)
+    assert next(line for line in verdicts(made) if line.startswith("LoRA DiGraP")).count("–") >= 3
+
+
+def _two_methods(a: list[float], b: list[float], seeds: int = 1) -> Comparison:
+    suite = Suite(name="id", group="id", shift="none", title="ID")
+    methods = [Method(key="a", label="A", family="full"), Method(key="b", label="B", family="full", baseline="a")]
+    runs = []
+    for seed in range(seeds):
+        for key, scores in (("a", a), ("b", b)):
+            records = [Record(str(i), "", ["x"], score) for i, score in enumerate(scores)]
+            runs.append(MethodRun(method=key, seed=seed, suites={"id": SuiteResult("id", suite.metric, records)}))
+    return Comparison(methods=methods, suites=[suite], runs=runs)
+
+
+def test_bold_is_the_best_and_what_is_not_distinguishable():
+    column = comparison().columns[0]
+    clear = _two_methods([1.0] * 90 + [0.0] * 10, [1.0] * 60 + [0.0] * 40)
+    assert clear.best(column) == ["a"]
+    assert "(worse)" in verdicts(clear)[0]
+    close = _two_methods([1.0] * 90 + [0.0] * 10, [0.0] * 2 + [1.0] * 88 + [0.0] * 9 + [1.0])
+    assert close.best(column) == ["a", "b"]
+    assert "better" not in verdicts(close)[0]
+    assert "worse" not in verdicts(close)[0]
+    same = _two_methods([1.0] * 50, [1.0] * 50)
+    assert same.best(column) == ["a", "b"]
+
+
+def test_a_method_without_seeds_is_compared_with_every_seed():
+    made = comparison(seeds=3)
+    column = made.columns[0]
+    mean, half = made.difference("full-adamw", "zero-shot", column)
+    tuned = np.mean([run.suites["id"].accuracy for run in made.runs_of("full-adamw")])
+    assert mean == pytest.approx(tuned - made.run("zero-shot", 0).suites["id"].accuracy)
+    assert half > 0
+    assert made.table["zero-shot"]["id"].std is None
+    assert made.table["full-adamw"]["id"].std > 0
+
+
+def test_runs_survive_the_disk(tmp_path: Path):
+    run = comparison().run("full-digrap", 0)
+    path = run.save(tmp_path)
+    assert MethodRun.load(path) == run
+    assert [entry.name for entry in tmp_path.iterdir()] == ["full-digrap-seed0.json"]
+    path.write_text(path.read_text()[:1000])
+    with pytest.raises(ResultsError, match="is not a result file"):
+        MethodRun.load(path)
+
+
+def test_results_that_do_not_belong_together_are_refused():
+    made = comparison()
+    with pytest.raises(ResultsError, match="unknown method 'full-adamw'"):
+        Comparison(methods=METHODS[:1], suites=made.suites, runs=made.runs)
+    with pytest.raises(ResultsError, match="two results"):
+        Comparison(methods=METHODS, suites=made.suites, runs=[*made.runs, made.runs[0]])
+    made.runs[0].fingerprint = "other"
+    with pytest.raises(ResultsError, match="different settings"):
+        Comparison(methods=METHODS, suites=made.suites, runs=made.runs)
+    odd = _two_methods([1.0] * 5, [1.0] * 5)
+    odd.runs[0].suites["id"].records.reverse()
+    with pytest.raises(ResultsError, match="answered different questions"):
+        odd.difference("a", "b", odd.columns[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("model.language_model.layers.3.self_attn.q_proj.weight", "text 3 attn q"),
+        ("model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "vision 0 mlp fc1"),
+        ("model.vision_tower.encoder.layers.0.layer_norm1.bias", "vision 0 layer_norm1 bias"),
+        ("model.multi_modal_projector.linear.weight", "projector linear"),
+        ("model.language_model.embed_tokens.weight", "text embed"),
+        ("base_model.model.model.language_model.layers.11.self_attn.v_proj.lora_B.default.weight", "text 11 attn v B"),
+        ("model.visual.blocks.7.attn.qkv.weight", "vision 7 attn qkv"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_layer_names_are_short(name: str, short: str):
+    assert short_name(name) == short
