@@ -164,10 +164,8 @@ def shift_vision(image: EasyImage, rng: np.random.Generator) -> Image.Image:
     The shape's own pixels stay, anti-aliased edges included. The new background keeps `scenes.MIN_CONTRAST` to the
     shape's colour, so the question can still be answered by eye.
     """
-    pixels = load_pixels(image).astype(np.float32)
-    flat = pixels.reshape(-1, 3)
-    values, counts = np.unique(flat, axis=0, return_counts=True)
-    background = values[counts.argmax()]  # no shape covers half of its picture
+    pixels = load_pixels(image)
+    background = most_common_colour(pixels).astype(np.float32)  # no shape covers half of its picture
     colour = np.asarray(RGB[image.colour], dtype=np.float32)
     direction = colour - background
     alpha = ((pixels - background) @ direction / (direction @ direction)).clip(0.0, 1.0)[..., None]
@@ -185,3 +183,11 @@ def load_pixels(image: EasyImage) -> np.ndarray:
     """The picture, uint8 [64, 64, 3]."""
     with Image.open(image.path) as opened:
         return np.asarray(opened.convert("RGB"))
+
+
+def most_common_colour(pixels: np.ndarray) -> np.ndarray:
+    """The RGB value [3] that most pixels of uint8 [height, width, 3] have."""
+    packed = pixels.reshape(-1, 3).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    values, counts = np.unique(packed, return_counts=True)
+    most = int(values[counts.argmax()])
+    return np.array([most >> 16, most >> 8 & 255, most & 255], dtype=np.uint8)

@@ -391,6 +391,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--vision-steps", type=int, default=default.vision_steps)
     parser.add_argument("--question-steps", type=int, default=default.question_steps)
+    parser.add_argument("--evaluate", type=int, default=2000, help="questions of each kind to evaluate on at the end")
     parser.add_argument("--checkpoint", type=Path, default=None, help="file to save raw progress in now and then")
 
 
@@ -422,7 +423,8 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     console.print(
         f"{folder}: {parameters / 1e6:.2f} M parameters, {size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s"
     )
-    return 0 if report(evaluate(model, training.processor), console) else 1
+    results = evaluate(model, training.processor, scenes=options.evaluate, easy=options.evaluate)
+    return 0 if report(results, console) else 1
 
 
 if __name__ == "__main__":
