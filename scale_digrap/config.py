@@ -205,6 +205,10 @@ class ShardingConfig:
     """Regular expressions (``re.fullmatch`` on module names) of what is an FSDP unit of its own besides the root.
     Empty: every block of the language model. Keep a vision tower in the root unit when some batches have no image."""
 
+    load_sharded: bool = True
+    """Read a checkpoint straight into the shards. False: every rank reads all of it first (memory for one full copy per
+    rank), for an architecture without a sharding plan in Transformers."""
+
     reshard_after_forward: bool = True
     """Free gathered weights after the forward pass and gather again in the backward pass: less memory, more traffic."""
 

@@ -43,7 +43,7 @@ class LoadedModel:
         collator: makes its batches.
         new_layers: names of trained parameters without a pre-trained value.
         adapters: names of LoRA parameters (their anchor is zero).
-        path: the resolved folder or hub id of the base checkpoint.
+        path: the base checkpoint as it was named: a folder, a hub id or ``builtin:…``.
     """
 
     model: nn.Module
@@ -120,7 +120,8 @@ def load_model(
     """
     path = resolve_path(config.path)
     adapter = _adapter_base(path)
-    base = resolve_path(adapter or path)
+    name = adapter or config.path
+    base = resolve_path(name)
     use_lora = (lora is not None and lora.enabled) or adapter is not None
     dtype = PRECISION_DTYPE[precision] if use_lora else torch.float32
     with _seeded(seed):
@@ -129,7 +130,7 @@ def load_model(
             if lora is not None and lora.enabled:
                 raise ModelLoadError(
                     f"{path!r} already is an adapter: set lora.enabled=false to go on training it, or name its base "
-                    f"{base!r} in model.path"
+                    f"{name!r} in model.path"
                 )
             model = _load_adapter(model, path)
         elif use_lora:
@@ -146,7 +147,7 @@ def load_model(
         collator=VqaCollator(processor, template_of(config), config.max_length),
         new_layers={name for name in new_layers if model.get_parameter(name).requires_grad},
         adapters=adapters,
-        path=base,
+        path=name,
     )
 
 
@@ -156,7 +157,7 @@ def _from_pretrained(
     if config.attention is not None:
         kwargs["attn_implementation"] = config.attention
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
                 path, revision=config.revision, dtype=dtype, output_loading_info=True, **kwargs
             )
@@ -238,8 +239,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the loading report: what it would tell is checked here and raised as an error."""
+def quiet() -> Iterator[None]:
+    """Silence Transformers' reports and bars: what they would tell is checked here and raised as an error."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

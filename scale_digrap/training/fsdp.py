@@ -1,0 +1,256 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over the data-parallel ranks.
+
+One process runs the same code on an unsharded model. Full fine-tuning reads the checkpoint straight into the shards
+(Transformers' ``distributed_config``); a LoRA model is put together first, because adapters must lie in the FSDP unit
+of the layer they adapt, and sharded afterwards (its frozen base is memory-mapped, not copied).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from scale_digrap.config import Config
+from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
+from scale_digrap.models.select import match_names
+from scale_digrap.training.engine import TrainingError
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT = timedelta(minutes=30)  # loading a large checkpoint skews ranks by more than torch's default allows
+
+
+class FsdpEngine:
+    """See :class:`scale_digrap.training.engine.Engine`."""
+
+    def __init__(self, config: Config) -> None:
+        self.device = _pick_device(config.training.device)
+        _init_distributed(self.device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.dp_rank, self.dp_world_size = self.rank, self.world_size
+        self.precision = config.training.precision
+        self.replicas = config.sharding.dp_replicate_size
+        if self.world_size % self.replicas:
+            raise TrainingError(
+                f"sharding.dp_replicate_size={self.replicas} does not divide the {self.world_size} ranks"
+            )
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def load(self, config: Config) -> LoadedModel:
+        options: dict[str, Any] = {
+            "lora": config.lora,
+            "precision": self.precision,
+            "seed": config.training.seed,
+        }
+        if self.world_size == 1:
+            loaded = load_model(config.model, **options)
+            loaded.model.to(self.device)
+        elif self._reads_into_shards(config):
+            plan = self._distributed_config(config)
+            loaded = load_model(config.model, **options, load_kwargs={"distributed_config": plan})
+        else:
+            loaded = load_model(config.model, **options)
+            self._shard(loaded.model, config)
+        if self.world_size > 1:
+            self._configure_units(loaded.model, config)
+        return loaded
+
+    def _reads_into_shards(self, config: Config) -> bool:
+        """Adapters and weights that are not in the checkpoint need the whole model before it is sharded."""
+        if config.lora.enabled or config.model.new_layers or not config.sharding.load_sharded:
+            return False
+        if (Path(resolve_path(config.model.path)) / "adapter_config.json").is_file():
+            return False
+        return bool(getattr(_skeleton(config), "fsdp_plan", None))
+
+    def _distributed_config(self, config: Config) -> Any:
+        from transformers.distributed import DistributedConfig
+
+        plan = None
+        if config.sharding.wrap:
+            names = [name for name, _ in _skeleton(config).named_modules() if name]
+            chosen = match_names(config.sharding.wrap, names, key="sharding.wrap", full=True)
+            plan = dict.fromkeys(chosen, "free_full_weight")
+        return DistributedConfig(
+            fsdp_size=self.world_size // self.replicas,
+            dp_replicate_size=self.replicas,
+            fsdp_plan=plan,
+            fsdp_mixed_precision=self.precision == "bf16",
+        )
+
+    def _shard(self, model: nn.Module, config: Config) -> None:
+        """``fully_shard`` every block of the language model, then the rest as the root unit."""
+        policy = MixedPrecisionPolicy()
+        if self.precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = self._mesh()
+        for unit in _units(model, config.sharding.wrap):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for module in model.modules():
+            if hasattr(module, "generation_config"):
+                # What Transformers' generate() looks at to keep the ranks in step.
+                module._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+    def _mesh(self) -> DeviceMesh:
+        if self.replicas == 1:
+            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("fsdp",))
+        shape = (self.replicas, self.world_size // self.replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("dp_replicate", "fsdp"))
+
+    def _configure_units(self, model: nn.Module, config: Config) -> None:
+        assert isinstance(model, FSDPModule)
+        model.set_reshard_after_forward(config.sharding.reshard_after_forward)
+        # Logits are a view of a padded tensor in some families; nobody here changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # A rank whose batch has no image gives its vision tower no gradient; without this its reduce-scatter would have
+        # another size than that of the other ranks, which is a hang with NCCL and an abort with gloo.
+        if hasattr(model, "set_reduce_scatter_unused_params"):
+            model.set_reduce_scatter_unused_params(True)
+        elif self.rank == 0:
+            log.warning(
+                "this torch (%s) cannot reduce gradients that only some ranks have: give every batch of every rank an "
+                "image, or use torch >= 2.13",
+                torch.__version__,
+            )
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def compute(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def finish_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> float:
+        # Each rank counts an element with weight 1 / (number of ranks that hold it), so that one sum over all ranks is
+        # right for any mixture of meshes and placements; clip_grad_norm_ refuses mixed meshes.
+        by_copies: dict[float, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                copies = _copies(parameter.grad, self.world_size)
+                by_copies.setdefault(copies, []).append(_local(parameter.grad))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for copies, gradients in by_copies.items():
+            norms = torch.stack(torch._foreach_norm(gradients))
+            total += norms.double().square().sum() / copies
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return math.sqrt(total.item())
+
+    @torch.no_grad()
+    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    # -- between the ranks ---------------------------------------------------------------------------------------------
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=operation)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+
+def _units(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
+    """The modules that become FSDP units of their own, children before parents."""
+    if wrap:
+        names = [name for name, _ in model.named_modules() if name]
+        chosen = match_names(wrap, names, key="sharding.wrap", full=True)
+        return [model.get_submodule(name) for name in sorted(chosen, key=lambda name: -name.count("."))]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise TrainingError(
+            f"cannot tell the blocks of the language model in {type(model).__name__}: name them with sharding.wrap, "
+            f"for example sharding.wrap=['.*language_model\\.layers\\.\\d+']"
+        )
+    return list(layers)
+
+
+def _skeleton(config: Config) -> nn.Module:
+    """The model without weights, for its module names and its FSDP plan."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    path = resolve_path(config.model.path)
+    model_config = AutoConfig.from_pretrained(path, revision=config.model.revision)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(model_config)
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("training.device=cuda, but torch sees no CUDA device: use training.device=auto or cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise TrainingError(
+            f"local rank {index} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes, "
+            f"or set training.device=cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _init_distributed(device: torch.device) -> None:
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if backend == "nccl" else None)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor: torch.Tensor, world_size: int) -> float:
+    """How many ranks hold each element. Replicate is asked for, because a ``_StridedShard`` is no ``Shard``."""
+    if not isinstance(tensor, DTensor):
+        return float(world_size)
+    shards = 1
+    for dim, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            shards *= tensor.device_mesh.size(dim)
+    return world_size / shards

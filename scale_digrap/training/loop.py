@@ -1,0 +1,280 @@
+"""Training from a configuration: one readable loop, the same for one process and for many."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from scale_digrap.config import Config, save_config, validate_for_training
+from scale_digrap.data.loader import TrainLoader
+from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
+from scale_digrap.models.loading import LoadedModel
+from scale_digrap.training import checkpoint
+from scale_digrap.training.engine import Engine, TrainingError, create_engine
+from scale_digrap.training.loss import answer_loss, first_answer_position
+from scale_digrap.training.metrics import Metrics, memory_mb, read_log
+from scale_digrap.training.optimizer import build_optimizer, capture_anchors, digrap_anchors, digrap_summary
+from scale_digrap.training.schedule import build_schedule
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: the trained model, live and sharded.
+        optimizer: its optimizer.
+        collator: makes batches for it, with the prompt it was trained on.
+        loaded: model, processor and the names of adapters and new layers.
+        engine: ranks and device.
+        run_dir: logs, configuration, checkpoints, ``final``.
+        history: the records of ``log.jsonl``, on every rank.
+        anchored: pre-trained values by parameter name, sharded like the parameters; without adapters and new layers.
+            Empty for AdamW unless ``training.keep_anchors``.
+        steps: optimizer steps of the whole run, resumed ones included.
+        skipped_steps: steps of this process that were left out because a gradient was not finite.
+        seconds: wall time of the loop.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    collator: VqaCollator
+    loaded: LoadedModel
+    engine: Engine
+    run_dir: Path
+    history: list[dict[str, Any]] = field(default_factory=list)
+    anchored: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+
+
+def train(config: Config) -> TrainResult:
+    """Run a configuration to its end, or go on from its newest checkpoint.
+
+    Every rank calls it. ``torch.distributed`` is initialised from torchrun's environment if it is not yet.
+
+    Raises:
+        ConfigError, ModelLoadError, SelectionError, DataError, CheckpointError, TrainingError: each with one line that
+            names what to change; all but a divergence and a full disk before the first step.
+    """
+    validate_for_training(config)
+    engine = create_engine(config)
+    run_dir = Path(config.run_dir)
+    if engine.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    torch.use_deterministic_algorithms(config.training.deterministic)
+
+    loaded = engine.load(config)
+    model = loaded.model
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    loader = TrainLoader(
+        config.data.train,
+        batch_size=config.training.batch_size,
+        dp_rank=engine.dp_rank,
+        dp_world_size=engine.dp_world_size,
+        seed=config.training.seed,
+        collate=loaded.collator.train,
+        workers=config.data.workers,
+    )
+    total_steps = count_steps(config, loader)
+    # Before a checkpoint is loaded: the anchors are the pre-trained weights.
+    optimizer = build_optimizer(loaded, config.optimizer)
+    anchored = digrap_anchors(optimizer)
+    if config.training.keep_anchors and not anchored:
+        anchored = capture_anchors(loaded, engine)
+    scheduler = build_schedule(optimizer, config.schedule, total_steps)
+
+    folder = run_dir / "checkpoints"
+    start = 0
+    found = checkpoint.find(folder, config.checkpoint.resume)
+    engine.barrier()
+    if found is not None:
+        state = checkpoint.load(found, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
+        start = state.step
+        anchored = digrap_anchors(optimizer) or anchored
+
+    result = TrainResult(
+        model=model,
+        optimizer=optimizer,
+        collator=loaded.collator,
+        loaded=loaded,
+        engine=engine,
+        run_dir=run_dir,
+        anchored=anchored,
+        steps=total_steps,
+    )
+    began = time.perf_counter()
+    with Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start) as metrics:
+        run = _Run(config, engine, loaded, optimizer, metrics, result)
+        batches = iter(loader)
+        model.train()
+        for step in range(start + 1, total_steps + 1):
+            run.step(step, batches)
+            scheduler.step()
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                checkpoint.save(
+                    folder,
+                    step=step,
+                    model=model,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    loader=loader,
+                    engine=engine,
+                    keep=config.checkpoint.keep,
+                )
+        run.finish()
+    result.seconds = time.perf_counter() - began
+    if start and engine.rank == 0:
+        result.history = read_log(run_dir / "log.jsonl")
+    if config.checkpoint.save_final:
+        checkpoint.save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
+    return result
+
+
+def count_steps(config: Config, loader: TrainLoader) -> int:
+    """Optimizer steps of a run: ``training.steps``, or as many as ``training.epochs`` takes."""
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    per_step = loader.global_batch_size * config.training.gradient_accumulation
+    steps = math.ceil(config.training.epochs * len(loader.dataset) / per_step)
+    if config.schedule.warmup_steps >= steps:
+        raise TrainingError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the {steps} steps that "
+            f"training.epochs={config.training.epochs:g} takes: warm up for less"
+        )
+    return steps
+
+
+class _Run:
+    """The state of the loop between two steps: what is not yet logged, and how many steps in a row were skipped."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        loaded: LoadedModel,
+        optimizer: Optimizer,
+        metrics: Metrics,
+        result: TrainResult,
+    ) -> None:
+        self.config, self.engine, self.model = config, engine, loaded.model
+        self.optimizer, self.metrics, self.result = optimizer, metrics, result
+        self.parameters = list(loaded.trained().values())
+        self.skipped_in_a_row = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.since = time.perf_counter()
+        self.waited = 0.0
+        self.samples = self.tokens = self.answer_tokens = 0.0
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+
+    def step(self, number: int, batches: Iterator[Batch]) -> None:
+        """One optimizer step: fetch, forward and backward for every micro-batch, update, log."""
+        training = self.config.training
+        # Dropout of a step depends on nothing that came before: a resumed run needs no generator state.
+        torch.manual_seed(_step_seed(training.seed, number, self.engine.dp_rank))
+        micro_batches = self._fetch(batches)
+        answer_tokens, tokens, samples = self.engine.sum(
+            [
+                sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches),
+                sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+                sum(len(batch["labels"]) for batch in micro_batches),
+            ]
+        )
+        # The mean over the answer tokens of all ranks and micro-batches. The engine averages gradients over the ranks,
+        # hence the factor: a rank with longer answers counts for more, as it would in one process.
+        scale = self.engine.dp_world_size / answer_tokens
+        for index, batch in enumerate(micro_batches):
+            first = first_answer_position(batch["labels"])
+            with self.engine.compute():
+                loss = answer_loss(self.model, self.engine.to_device(batch), first) * scale
+            self.engine.backward(self.model, loss, last=index == len(micro_batches) - 1)
+            self.loss += loss.detach() * (answer_tokens / self.engine.dp_world_size)
+        self.answer_tokens += answer_tokens
+        self.tokens += tokens
+        self.samples += samples
+        grad_norm = self._update(number)
+        log = self.config.log
+        if number % log.every == 0:
+            self._log(number, grad_norm)
+        if log.layers_every and number % log.layers_every == 0 and hasattr(self.optimizer, "layer_stats"):
+            self.metrics.write_layers(number, self.optimizer.layer_stats())
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation)]
+        self.waited += time.perf_counter() - began
+        return micro_batches
+
+    def _update(self, number: int) -> float:
+        """Clip, step, zero; returns the gradient norm before clipping."""
+        clip = self.config.training.clip_norm
+        self.engine.finish_gradients(self.parameters)
+        if clip is None and hasattr(self.optimizer, "grad_norm"):
+            # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
+            before = self.optimizer.skipped_steps
+            self.optimizer.step()
+            grad_norm = self.optimizer.grad_norm()
+            skipped = self.optimizer.skipped_steps > before
+        else:
+            grad_norm = self.engine.grad_norm(self.parameters)
+            skipped = not math.isfinite(grad_norm)
+            if not skipped:
+                if clip is not None and grad_norm > clip:
+                    self.engine.scale_gradients(self.parameters, clip / (grad_norm + 1e-6))
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count_skipped(number, skipped)
+        return grad_norm
+
+    def _count_skipped(self, number: int, skipped: bool) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.result.skipped_steps += skipped
+        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrainingError(
+                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {number}: "
+                f"lower optimizer.lr, set training.clip_norm, or use training.precision=fp32"
+            )
+
+    def _log(self, number: int, grad_norm: float) -> None:
+        # No barrier: these sums make the ranks wait for each other, so the time is that of the slowest.
+        (loss,) = self.engine.sum([self.loss.item()])
+        seconds = time.perf_counter() - self.since
+        figures = {
+            "loss": loss / self.answer_tokens,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "memory_mb": memory_mb(self.engine.device),
+            "data_wait_s": self.waited,
+            "skipped_steps": self.result.skipped_steps,
+            **(digrap_summary(self.optimizer) or {"omega_mean": None, "conflict_rate": None}),
+        }
+        figures = {name: float(f) if isinstance(f, torch.Tensor) else f for name, f in figures.items()}
+        self.metrics.write(number, figures)
+        self.result.history.append({"step": number, **figures})
+        self._reset()
+
+    def finish(self) -> None:
+        """Bring the parameters back to their shards: whoever reads the model next must see the last update."""
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step * 10_007 + rank) % (2**63)
