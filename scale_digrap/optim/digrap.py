@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from scale_digrap.optim import functional as F  # noqa: N812
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.telemetry import LayerStats
-from scale_digrap.sharding.layout import RowRun
 
 logger = logging.getLogger(__name__)
 
@@ -39,33 +38,59 @@ DOT, DRIFT, GRAD, ANCHOR, HAS_GRAD, DIRECTION, PREVIOUS, N_SUMS = range(8)
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows ``[start, stop)`` of one run of one layer's local tensor."""
+    """``rows × cols`` elements of one layer, from element ``start`` of its flattened local tensor."""
 
     index: int
-    run: RowRun
     start: int
-    stop: int
-    slots: Tensor | None
+    rows: int
+    cols: int
+    slots: Tensor | None = None
 
-    def of(self, local: Tensor, sliced: bool) -> Tensor:
-        """This piece of a local tensor; ``sliced`` for a 1-D slice of a flattened layer."""
-        if sliced:
-            run, rows = self.run, self.stop - self.start
-            return local.narrow(0, run.start + self.start * run.cols, rows * run.cols).view(rows, run.cols)
-        if self.start == 0 and self.stop == self.run.rows:
-            return local
-        return local.narrow(0, self.start, self.stop - self.start)
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    def of(self, local: Tensor) -> Tensor:
+        """``[rows, cols]`` of a local tensor; shares storage where that is contiguous."""
+        if self.numel == local.numel():
+            return local.reshape(self.rows, self.cols)
+        return local.reshape(-1).narrow(0, self.start, self.numel).view(self.rows, self.cols)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Pieces that one pass treats together: of one group, of one kind, and few enough for small temporaries."""
+    """Pieces of equal ``cols`` that one pass treats as one matrix: of one group, of one kind, few enough for small
+    temporaries.
+
+    Attributes:
+        owner: int64 ``[rows]``, the layer of each row.
+        slots: int64 ``[rows]``, each row's place among the rows that straddle ranks; ``None`` for whole rows.
+    """
 
     group: int
-    pieces: tuple[_Piece, ...]
     anchored: bool
-    stored: bool
     by_rows: bool
+    pieces: tuple[_Piece, ...]
+    owner: Tensor
+    slots: Tensor | None
+
+    @classmethod
+    def make(cls, group: int, anchored: bool, by_rows: bool, pieces: list[_Piece], device: torch.device) -> _Block:
+        counts = [piece.rows for piece in pieces]
+        index = torch.tensor([piece.index for piece in pieces], device=device)
+        owner = torch.repeat_interleave(index, torch.tensor(counts, device=device), output_size=sum(counts))
+        parts = [piece.slots for piece in pieces if piece.slots is not None]
+        return cls(group, anchored, by_rows, tuple(pieces), owner, torch.cat(parts) if parts else None)
+
+    def only(self, pieces: list[_Piece]) -> _Block:
+        """The block of some of its pieces."""
+        if len(pieces) == len(self.pieces):
+            return self
+        return _Block.make(self.group, self.anchored, self.by_rows, pieces, self.owner.device)
+
+    def matrix(self, tensors: list[Any]) -> Tensor:
+        """``[rows, cols]`` out of one local tensor per layer."""
+        return F.gather([piece.of(tensors[piece.index]) for piece in self.pieces])
 
 
 class DiGraP(AnchoredOptimizer):
@@ -183,7 +208,6 @@ class DiGraP(AnchoredOptimizer):
         self._exp_avgs = [layout.local(state["exp_avg"]) for state in states]
         self._exp_avg_sqs = [layout.local(state["exp_avg_sq"]) for state in states]
         self._anchors = [layout.local(state["anchor"]) if "anchor" in state else None for state in states]
-        self._sliced = [placed.offset is not None for placed in layout.placements]
         self._step_views = list(self._steps.unbind())
         self._host_steps = [int(step) for step in self._steps.tolist()]
         scalars = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True))
@@ -209,34 +233,34 @@ class DiGraP(AnchoredOptimizer):
         return self.param_groups[self._group_of[index]][key]
 
     def _make_blocks(self, device: torch.device) -> list[_Block]:
-        # On a CPU a block's temporaries stay in the cache, which is worth a factor of two; elsewhere launches dominate.
-        limit = 1 << 18 if device.type == "cpu" else 1 << 23
         layout = self._layout
         assert layout is not None
+        # On a CPU a block's temporaries stay in the cache, which is worth a factor of two; elsewhere launches dominate.
+        limit = 1 << 18 if device.type == "cpu" else 1 << 24
         kinds: dict[tuple, list[_Piece]] = {}
         for index, placed in enumerate(layout.placements):
-            anchored = self._anchor_kind_of(index) is not None
-            kind = (self._group_of[index], anchored, self._anchors[index] is not None, layout.layers[index].by_rows)
+            by_rows = layout.layers[index].by_rows
+            stored = self._anchors[index] is not None
+            kind = (self._group_of[index], self._anchor_kind_of(index) is not None, stored, by_rows)
+            dense = layout.local(self._params[index]).is_contiguous()
             for run in placed.runs:
+                rows, cols = (run.rows, run.cols) if by_rows else (1, run.rows * run.cols)
                 slots = layout.row_slots(index, run, device)
-                height = max(1, limit // max(run.cols, 1))
-                for start in range(0, run.rows, height):
-                    stop = min(start + height, run.rows)
-                    part = slots[start:stop] if slots is not None else None
-                    # Straddling rows are summed apart: they have no cosine yet.
-                    kinds.setdefault((*kind, part is None), []).append(_Piece(index, run, start, stop, part))
+                for start, height, width in _tiles(rows, cols, limit if dense else rows * cols):
+                    part = None if slots is None else slots[start // cols : start // cols + height]
+                    piece = _Piece(index, run.start + start, height, width, part)
+                    # Rows that straddle ranks have no cosine yet; what a copy would cost more than a launch stays alone.
+                    alone = index if height * width > limit // 4 else None
+                    kinds.setdefault((*kind, width, part is None, alone), []).append(piece)
         blocks: list[_Block] = []
-        for (group, anchored, stored, by_rows, _), pieces in kinds.items():
+        for (group, anchored, _, by_rows, *_), pieces in kinds.items():
             taken: list[_Piece] = []
-            size = 0
             for piece in pieces:
-                numel = (piece.stop - piece.start) * piece.run.cols
-                if taken and size + numel > limit:
-                    blocks.append(_Block(group, tuple(taken), anchored, stored, by_rows))
-                    taken, size = [], 0
+                if taken and sum(other.numel for other in taken) + piece.numel > limit:
+                    blocks.append(_Block.make(group, anchored, by_rows, taken, device))
+                    taken = []
                 taken.append(piece)
-                size += numel
-            blocks.append(_Block(group, tuple(taken), anchored, stored, by_rows))
+            blocks.append(_Block.make(group, anchored, by_rows, taken, device))
         return blocks
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -282,7 +306,7 @@ class DiGraP(AnchoredOptimizer):
         if self._is_state_probe(sums):
             return loss
         commit()
-        self._update(params, grads, scales, [flag > 0 for flag in moves])
+        self._update(params, grads, report[0], scales, [flag > 0 for flag in moves])
         return loss
 
     def _local_sums(self, params: list[Tensor], grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -297,59 +321,43 @@ class DiGraP(AnchoredOptimizer):
         row_sums = torch.zeros((3, layout.n_slots), dtype=torch.float64, device=device)
         sums[ANCHOR] = self._anchor_sums
         sums[HAS_GRAD] = torch.tensor([grad is not None for grad in grads], dtype=torch.float64).to(device)
-        for block in self._blocks:
-            pieces = [piece for piece in block.pieces if grads[piece.index] is not None]
-            if not pieces:
-                continue
-            index = torch.tensor([piece.index for piece in pieces], device=device)
-            g = self._views(pieces, grads)
-            if not block.anchored:
-                sums[GRAD].index_add_(0, index, F.dots(g, g))
-                continue
-            p, a = self._views(pieces, params), self._views(pieces, self._anchors)
-            drift = F.drifts(p, a)
-            sums[DOT].index_add_(0, index, F.dots(g, drift))
-            sums[DRIFT].index_add_(0, index, F.dots(drift, drift))
-            previous = None
-            if any(self._host_steps[piece.index] > 1 for piece in pieces):
-                group = self.param_groups[block.group]
-                previous = F.previous_drifts(
-                    p,
-                    drift,
-                    a,
-                    self._views(pieces, self._exp_avgs),
-                    self._views(pieces, self._exp_avg_sqs),
-                    [self._host_steps[piece.index] for piece in pieces],
-                    [self._host_lrs[piece.index] for piece in pieces],
-                    [self._host_decays[piece.index] for piece in pieces],
-                    group["betas"],
-                    group["eps"],
-                )
-            if not block.by_rows:
-                sums[GRAD].index_add_(0, index, F.dots(g, g))
-                if previous is not None:
-                    sums[DIRECTION].index_add_(0, index, F.dots(g, previous))
-                    sums[PREVIOUS].index_add_(0, index, F.dots(previous, previous))
-                continue
-            counts = torch.tensor([piece.stop - piece.start for piece in pieces], device=device)
-            owner = torch.repeat_interleave(index, counts, output_size=sum(p.stop - p.start for p in pieces))
+        for block, (step, lr, decay) in self._batches(grads):
+            g = block.matrix(grads)
             grad_sq = F.row_squares(g)
-            sums[GRAD].index_add_(0, owner, grad_sq)
-            if previous is None:
+            sums[GRAD].index_add_(0, block.owner, grad_sq)
+            if not block.anchored:
                 continue
+            p = block.matrix(params)
+            a = None if self._anchors[block.pieces[0].index] is None else block.matrix(self._anchors)
+            drift = F.drift(p, a)
+            sums[DOT].index_add_(0, block.owner, F.row_dots(g, drift))
+            sums[DRIFT].index_add_(0, block.owner, F.row_squares(drift))
+            if step == 0:
+                continue
+            m, v = block.matrix(self._exp_avgs), block.matrix(self._exp_avg_sqs)
+            group = self.param_groups[block.group]
+            previous = F.previous_drift(p, drift, a, m, v, step, lr, decay, group["betas"], group["eps"])
             dot, previous_sq = F.row_dots(g, previous), F.row_squares(previous)
-            if pieces[0].slots is None:
-                sums[DIRECTION].index_add_(0, owner, F.cosines(dot, grad_sq, previous_sq))
+            if block.slots is not None:
+                row_sums.index_add_(1, block.slots, torch.stack([dot, grad_sq, previous_sq]))
+            elif block.by_rows:
+                sums[DIRECTION].index_add_(0, block.owner, F.cosines(dot, grad_sq, previous_sq))
             else:
-                slots = torch.cat([piece.slots for piece in pieces])  # type: ignore[misc]
-                row_sums.index_add_(1, slots, torch.stack([dot, grad_sq, previous_sq]))
+                sums[DIRECTION].index_add_(0, block.owner, dot)
+                sums[PREVIOUS].index_add_(0, block.owner, previous_sq)
         return sums, row_sums
 
-    def _views(self, pieces: list[_Piece], tensors: list[Any]) -> list[Any]:
-        return [
-            None if tensors[piece.index] is None else piece.of(tensors[piece.index], self._sliced[piece.index])
-            for piece in pieces
-        ]
+    def _batches(self, grads: list[Tensor | None]) -> Iterator[tuple[_Block, tuple[int, float, float]]]:
+        """Blocks of the layers with a gradient here, with the steps taken, α and λ that their last step used."""
+        for block in self._blocks:
+            histories: dict[tuple[int, float, float], list[_Piece]] = {}
+            for piece in block.pieces:
+                i = piece.index
+                if grads[i] is not None:
+                    history = (self._host_steps[i], self._host_lrs[i], self._host_decays[i])
+                    histories.setdefault(history, []).append(piece)
+            for history, pieces in histories.items():
+                yield block.only(pieces), history
 
     def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
         """All layers' scalars at once, from the reduced sums; no host sync.
@@ -399,36 +407,44 @@ class DiGraP(AnchoredOptimizer):
 
         return commit, torch.stack([scale, live.double(), finite.double().expand_as(scale)])
 
-    def _update(self, params: list[Tensor], grads: list[Tensor | None], scales: list[float], live: list[bool]) -> None:
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor | None], scale: Tensor, scales: list[float], live: list[bool]
+    ) -> None:
         """AdamW on the local pieces: projected layers block by block, the others as they are."""
-        for index in range(len(params)):
-            if live[index]:
-                group = self.param_groups[self._group_of[index]]
-                self._host_steps[index] += 1
-                self._host_lrs[index] = float(group["lr"])
-                self._host_decays[index] = group["weight_decay"]
-                if grads[index] is None:  # another rank had a gradient for its piece of the layer: here it is zero
-                    grads[index] = torch.zeros_like(params[index])
+        for i, group_index in enumerate(self._group_of):
+            if live[i]:
+                group = self.param_groups[group_index]
+                self._host_steps[i] += 1
+                self._host_lrs[i], self._host_decays[i] = float(group["lr"]), group["weight_decay"]
+                if grads[i] is None:  # another rank has a gradient for its piece of the layer: here it is zero
+                    grads[i] = torch.zeros_like(params[i])
         for number, group in enumerate(self.param_groups):
             plain = [
-                index
-                for index, owner in enumerate(self._group_of)
-                if owner == number and live[index] and scales[index] == 0 and params[index].numel()
+                i
+                for i, owner in enumerate(self._group_of)
+                if owner == number and live[i] and scales[i] == 0 and params[i].numel()
             ]
-            self._adamw(group, *([tensors[i] for i in plain] for tensors in self._update_lists(params, grads)), plain)
-        for block in self._blocks:
-            pieces = [piece for piece in block.pieces if live[piece.index] and scales[piece.index] != 0]
+            moments = [self._exp_avgs[i] for i in plain], [self._exp_avg_sqs[i] for i in plain]
+            self._adamw(group, [params[i] for i in plain], [grads[i] for i in plain], *moments, plain)
+        for whole in self._blocks:
+            pieces = [piece for piece in whole.pieces if live[piece.index] and scales[piece.index] != 0]
             if not pieces:
                 continue
-            p, a, g = (self._views(pieces, tensors) for tensors in (params, self._anchors, grads))
-            projected = F.projected_gradients(
-                g, F.drifts(p, a), [scales[piece.index] for piece in pieces], owned=block.stored
-            )
-            m, v = self._views(pieces, self._exp_avgs), self._views(pieces, self._exp_avg_sqs)
-            self._adamw(self.param_groups[block.group], p, projected, m, v, [piece.index for piece in pieces])
-
-    def _update_lists(self, params: list[Tensor], grads: list[Tensor | None]) -> tuple[list, ...]:
-        return params, grads, self._exp_avgs, self._exp_avg_sqs
+            block = whole.only(pieces)
+            anchors = None if self._anchors[pieces[0].index] is None else block.matrix(self._anchors)
+            drift = F.drift(block.matrix(params), anchors)
+            projected = F.projected_gradient(block.matrix(grads), drift, scale[block.owner])
+            parts = list(projected.split([piece.rows for piece in pieces]))
+            targets = []
+            for k, piece in enumerate(pieces):
+                tensors = (params[piece.index], self._exp_avgs[piece.index], self._exp_avg_sqs[piece.index])
+                if tensors[0].is_contiguous():
+                    targets.append([piece.of(tensor) for tensor in tensors])
+                else:  # channels-last and the like: such a layer is one piece, updated in its own strides
+                    targets.append(list(tensors))
+                    parts[k] = torch.empty_like(tensors[0]).copy_(parts[k].view(tensors[0].shape))
+            p, m, v = (list(column) for column in zip(*targets, strict=True))
+            self._adamw(self.param_groups[block.group], p, parts, m, v, [piece.index for piece in pieces])
 
     def _adamw(self, group: dict, p: list, g: list, m: list, v: list, indices: list[int]) -> None:
         options = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
@@ -495,3 +511,17 @@ class DiGraP(AnchoredOptimizer):
         if "sums" not in self._last:
             raise RuntimeError("no step has been taken yet: telemetry describes the last step()")
         return self._last["sums"]
+
+
+def _tiles(rows: int, cols: int, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a ``rows × cols`` run into (first element, rows, cols) of at most ``limit`` elements or one row each.
+
+    A single row that stands for a layer without rows may be cut anywhere.
+    """
+    if rows == 1:
+        for start in range(0, cols, limit):
+            yield start, 1, min(limit, cols - start)
+        return
+    height = max(1, limit // cols)
+    for first in range(0, rows, height):
+        yield first * cols, min(height, rows - first), cols

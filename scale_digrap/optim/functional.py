@@ -1,6 +1,7 @@
-"""The maths on lists of local, plain tensors: no layer is whole here, no rank is known.
+"""The maths on local, plain tensors: no layer is whole here, no rank is known.
 
-Symbols as in :mod:`scale_digrap.optim.digrap`. Every list holds one entry per piece of a layer.
+Symbols as in :mod:`scale_digrap.optim.digrap`. Matrices are ``[rows, cols]``: rows of one or several layers, or parts of
+rows, one under another.
 """
 
 from __future__ import annotations
@@ -16,67 +17,63 @@ from torch import Tensor
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "xpu", "mps"})
 
 
-def drifts(params: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> list[Tensor]:
-    """δ = θ − θ0 of each piece; a piece whose anchor is ``None`` (θ0 = 0) is its own drift and is not copied."""
-    if all(anchor is None for anchor in anchors):
-        return list(params)
-    return list(torch._foreach_sub(list(params), list(anchors)))  # type: ignore[arg-type]
+def gather(pieces: Sequence[Tensor]) -> Tensor:
+    """``[Σ rows, cols]``: pieces of equal ``cols`` as one matrix; a single piece is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def previous_drifts(
-    params: Sequence[Tensor],
-    drift: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
-    lrs: Sequence[float],
-    weight_decays: Sequence[float],
+def drift(params: Tensor, anchors: Tensor | None) -> Tensor:
+    """δ = θ − θ0 in the parameters' dtype. Without anchors (θ0 = 0) it is ``params`` itself: not to be written to."""
+    if anchors is None:
+        return params
+    result = anchors.to(params.dtype) if anchors.dtype != params.dtype else torch.empty_like(params).copy_(anchors)
+    return torch.sub(params, result, out=result)
+
+
+def previous_drift(
+    params: Tensor,
+    drift: Tensor,
+    anchors: Tensor | None,
+    exp_avgs: Tensor,
+    exp_avg_sqs: Tensor,
+    step: int,
+    lr: float,
+    weight_decay: float,
     betas: tuple[float, float],
     eps: float,
-) -> list[Tensor]:
+) -> Tensor:
     """δ of one step earlier, rebuilt from what Adam keeps instead of from a stored copy of the model.
 
     θ(t−2) = ( θ(t−1) + α m̂ / (√v̂ + ε) ) / (1 − α λ), all as of step t−1. Relative error about 5e-6 with fp32 weights.
 
     Args:
-        steps: t − 1 of each piece's layer, at least 1 (pieces at 0 give a meaningless, finite result).
-        lrs, weight_decays: α and λ that step t − 1 used.
+        params, drift, anchors, exp_avgs, exp_avg_sqs: ``[rows, cols]``.
+        step: t − 1, at least 1.
+        lr, weight_decay: α and λ that step t − 1 used.
 
     Returns:
-        new tensors, one per piece.
+        a new tensor.
     """
-    taken = [max(step, 1) for step in steps]
-    update = list(torch._foreach_sqrt(list(exp_avg_sqs)))
-    torch._foreach_mul_(update, [1 / math.sqrt(1 - betas[1] ** step) for step in taken])
-    torch._foreach_add_(update, eps)
-    update = list(torch._foreach_div(list(exp_avgs), update))
-    torch._foreach_mul_(update, [lr / (1 - betas[0] ** step) for lr, step in zip(lrs, taken, strict=True)])
-    shrink = [1 - lr * decay for lr, decay in zip(lrs, weight_decays, strict=True)]
-    if all(factor == 1 for factor in shrink):
-        torch._foreach_add_(update, list(drift))  # δ(t−1) = δ + α û: no cancellation against a large θ
-        return update
-    torch._foreach_add_(update, list(params))
-    torch._foreach_div_(update, shrink)
-    if anchors[0] is not None:
-        torch._foreach_sub_(update, list(anchors))  # type: ignore[arg-type]
-    return update
+    # α m̂ / (√v̂ + ε) = k m / (√v + ε r), with the bias corrections in two scalars: two passes less.
+    root = math.sqrt(1 - betas[1] ** step)
+    factor = lr * root / (1 - betas[0] ** step)
+    result = exp_avg_sqs.sqrt().add_(eps * root)
+    shrink = 1 - lr * weight_decay
+    if shrink == 1:
+        # δ(t−1) = δ + α û: no cancellation against a large θ.
+        return torch.addcdiv(drift, exp_avgs, result, value=factor, out=result)
+    torch.addcdiv(params, exp_avgs, result, value=factor, out=result).div_(shrink)
+    return result if anchors is None else result.sub_(anchors)
 
 
-def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """float64 ``[n]``: <left, right> of each piece."""
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(left, right, strict=True)]).double()
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """float64 ``[rows]``: <left[r], right[r]>."""
+    return torch.linalg.vecdot(left, right).double()
 
 
-def row_dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """float64 ``[total rows]``: <left[r], right[r]> of every row of every piece, one after another."""
-    sums = [torch.linalg.vecdot(x.flatten(1), y.flatten(1)) for x, y in zip(left, right, strict=True)]
-    return torch.cat(sums).double()
-
-
-def row_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """float64 ``[total rows]``: ‖x[r]‖² of every row of every piece, one after another."""
-    return torch.cat([torch.linalg.vector_norm(x.flatten(1), dim=1) for x in pieces]).double().square_()
+def row_squares(values: Tensor) -> Tensor:
+    """float64 ``[rows]``: ‖values[r]‖²."""
+    return torch.linalg.vector_norm(values, dim=1).double().square_()
 
 
 def cosines(dot: Tensor, left_sq: Tensor, right_sq: Tensor) -> Tensor:
@@ -111,22 +108,14 @@ def next_omega(
     return torch.minimum((omega - omega_lr * update).clamp_min(0), omega_max), exp_avg, exp_avg_sq
 
 
-def projected_gradients(
-    grads: Sequence[Tensor], drift: Sequence[Tensor], scales: Sequence[float], *, owned: bool
-) -> list[Tensor]:
-    """g' = g − s δ of each piece, s = ω c of its layer.
+def projected_gradient(grads: Tensor, drift: Tensor, scale: Tensor) -> Tensor:
+    """g' = g − s δ with s = ω c of each row's layer.
 
     Args:
-        owned: ``drift`` may be overwritten.
+        grads, drift: ``[rows, cols]``.
+        scale: float64 ``[rows]``.
     """
-    minus = [-scale for scale in scales]
-    if not owned:
-        result = list(torch._foreach_mul(list(drift), minus))
-    else:
-        result = list(drift)
-        torch._foreach_mul_(result, minus)
-    torch._foreach_add_(result, list(grads))
-    return result
+    return torch.addcmul(grads, drift, scale.to(grads.dtype).unsqueeze(1), value=-1)
 
 
 def adamw_(
