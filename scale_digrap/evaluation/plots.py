@@ -45,6 +45,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+FIGURES = ("accuracy", "layers_*", "drift_*")
+"""Name patterns of what `figures` draws."""
+
+
 def figures(comparison: Comparison) -> dict[str, Figure]:
     """Every figure that the comparison has data for, by file name without its ending."""
     drawn = {"accuracy": accuracy(comparison)}

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scale_digrap.evaluation.plots import figures, to_png
+from scale_digrap.evaluation.plots import FIGURES, figures, to_png
 from scale_digrap.evaluation.results import Comparison, write_atomically
 from scale_digrap.evaluation.tables import cell_text, heading, markdown_table, notes, percent, question_text, verdicts
 
@@ -46,6 +46,9 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
     write_atomically(folder / "results.json", json.dumps(comparison.to_json(), indent=1, ensure_ascii=False))
     write_atomically(folder / "table.md", markdown_table(comparison))
     images = {name: to_png(figure) for name, figure in figures(comparison).items()}
+    for old in (path for pattern in FIGURES for path in folder.glob(f"{pattern}.png")):
+        if old.stem not in images:
+            old.unlink()  # of a comparison with other methods
     for name, data in images.items():
         write_atomically(folder / f"{name}.png", data)
     write_atomically(folder / "report.html", html(comparison, images))

@@ -153,6 +153,11 @@ class Comparison:
     def __post_init__(self) -> None:
         self._bootstrap_cache: dict[tuple[str, str], np.ndarray] = {}
         known = {method.key for method in self.methods}
+        for method in self.methods:
+            if method.baseline is not None and method.baseline not in known:
+                raise ResultsError(
+                    f"method {method.key!r} is to be compared with {method.baseline!r}, which is not here"
+                )
         seen: set[tuple[str, int]] = set()
         for run in self.runs:
             if run.method not in known:

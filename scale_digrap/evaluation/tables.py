@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.console import Console
 from rich.table import Table
 
 from scale_digrap.evaluation.results import Cell, Column, Comparison
@@ -39,23 +40,37 @@ def question_text(comparison: Comparison, column: Column) -> str:
     return f"{sum(count for count in counts if count is not None):,}".replace(",", " ")
 
 
-def rich_table(comparison: Comparison) -> Table:
-    """The table for a terminal. Bold: the best of a column and everything the data do not tell apart from it."""
-    table = Table(title=comparison.title or None, caption=" ".join(notes(comparison)), caption_justify="left")
+def rich_table(comparison: Comparison, console: Console) -> Table:
+    """The table for a terminal. Bold: the best of a column and everything the data do not tell apart from it.
+
+    Where the terminal is too narrow for every suite, only ID, far and the averages are shown.
+    """
+    table = _rich_table(comparison, comparison.columns, narrow=False)
+    if console.measure(table).maximum > console.width:
+        summary = [
+            column for column in comparison.columns if column.is_average or _only_of_its_group(comparison, column)
+        ]
+        table = _rich_table(comparison, summary, narrow=True)
+    return table
+
+
+def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) -> Table:
+    caption = " ".join(notes(comparison)) + (" Every suite: table.md and report.html." if narrow else "")
+    table = Table(title=comparison.title or None, caption=caption, caption_justify="left")
     table.add_column("Method")
-    for column in comparison.columns:
+    for column in columns:
         table.add_column(column.heading, justify="right", style="cyan" if column.is_average else None)
     family = None
     for method in comparison.methods:
         if family is not None and family != method.family:
             table.add_section()
         family = method.family
-        cells = [comparison.table[method.key][column.key] for column in comparison.columns]
+        cells = [comparison.table[method.key][column.key] for column in columns]
         texts = [cell_text(cell).replace(" ± ", "±") for cell in cells]  # a terminal is narrow
         texts = [f"[bold]{text}[/]" if cell and cell.best else text for text, cell in zip(texts, cells, strict=True)]
         table.add_row(method.label, *texts)
     table.add_section()
-    table.add_row("Questions", *(question_text(comparison, column) for column in comparison.columns), style="dim")
+    table.add_row("Questions", *(question_text(comparison, column) for column in columns), style="dim")
     return table
 
 

@@ -99,13 +99,23 @@ def test_tables_agree(report: Path):
     table = (report / "table.md").read_text()
     made = comparison()
     console = Console(width=200, file=io.StringIO(), force_terminal=False)
-    console.print(rich_table(made))
+    console.print(rich_table(made, console))
     terminal = console.file.getvalue()
     near = np.mean(
         [made.run("full-adamw", 0).suites[name].accuracy for name in ("vision", "question", "answer", "multimodal")]
     )
     for text in (table, terminal, (report / "report.html").read_text()):
         assert f"{100 * near:.1f}" in text
+
+
+def test_a_narrow_terminal_gets_whole_figures_of_fewer_columns():
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(rich_table(comparison(seeds=2), console))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "Near OOD" in text
+    assert "Multimodal" not in text
+    assert "Every suite: table.md" in text.replace("\n", " ")
 
 
 def test_missing_suite_shows_in_its_averages_and_in_the_notes():

@@ -1,0 +1,212 @@
+"""One rank of the quick-start: `python -m scale_digrap.quickstart.worker SETTINGS.json`, alone or under torchrun.
+
+Evaluates the base model, then for each seed and method fine-tunes it, evaluates it, and evaluates its WiSE-FT
+mixture. Rank 0 writes each result as soon as it is complete; what is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.evaluation.drift import layer_drift
+from scale_digrap.evaluation.results import MethodRun, write_atomically
+from scale_digrap.evaluation.runner import Collator, PreparedSuites, SuiteResult, evaluate, prepare
+from scale_digrap.evaluation.suites import QUICKSTART, averages
+from scale_digrap.evaluation.wise import interpolate
+from scale_digrap.quickstart.pipeline import (
+    EVALUATION_BATCH,
+    MAX_NEW_TOKENS,
+    TRAINED,
+    ZERO_SHOT,
+    Settings,
+    finished,
+    result_folder,
+    training_config,
+    wise,
+)
+from scale_digrap.training import train
+from scale_digrap.training.engine import Engine, create_engine
+
+
+class Worker:
+    """The quick-start's work on one rank."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.suites = [QUICKSTART[name].at(shards) for name, shards in settings.suites.items()]
+        self.engine: Engine = create_engine(self._config(settings.methods[0], settings.seeds[0]))
+        self.console = Console(quiet=self.engine.rank != 0, highlight=False)
+        self.prepared: PreparedSuites | None = None
+        # Decided before the first result is written: all ranks must skip the same work.
+        self.done = set(finished(settings))
+        self.engine.barrier()
+
+    def run(self) -> None:
+        """Everything that is not done yet."""
+        settings = self.settings
+        if (ZERO_SHOT.key, settings.seeds[0]) not in self.done:
+            self._zero_shot()
+        for seed in settings.seeds:
+            for method in settings.methods:
+                keys = (method, wise(TRAINED[method]).key)
+                if any((key, seed) not in self.done for key in keys):
+                    self._method(method, seed)
+
+    def _zero_shot(self) -> None:
+        config = self._config("full-adamw", self.settings.seeds[0])
+        loaded = self.engine.load(config)
+        seconds: dict[str, float] = {}
+        results = self._evaluate(loaded.model, loaded.collator, seconds)
+        self._write(MethodRun(method=ZERO_SHOT.key, seed=self.settings.seeds[0], suites=results, seconds=seconds))
+        self._tell(ZERO_SHOT.label, results, seconds)
+
+    def _method(self, method: str, seed: int) -> None:
+        config = self._config(method, seed)
+        started = time.perf_counter()
+        result = train(config)
+        seconds = {"train": time.perf_counter() - started}
+        run_dir = Path(result.run_dir)
+        model, anchors = result.model, result.anchored
+        run = MethodRun(
+            method=method,
+            seed=seed,
+            suites=self._evaluate(model, result.collator, seconds),
+            seconds=seconds,
+            training=_summary(result.history),
+            drift={name: layer.to_json() for name, layer in layer_drift(model, anchors).items()},
+            telemetry=_telemetry(run_dir / "layers.jsonl") if self.engine.rank == 0 else [],
+        )
+        self._write(run)
+        self._tell(f"seed {seed} · {TRAINED[method].label}", run.suites, seconds)
+
+        mixture = wise(TRAINED[method])
+        seconds = {}
+        with interpolate(model, self.settings.alpha, anchors, new_layers=result.loaded.new_layers):
+            results = self._evaluate(model, result.collator, seconds)
+        self._write(MethodRun(method=mixture.key, seed=seed, suites=results, seconds=seconds))
+        self._tell(f"seed {seed} · {mixture.label}", results, seconds)
+        del result, model, anchors
+        gc.collect()  # the model and its optimizer refer to each other: the next run should not need room for both
+
+    def _evaluate(self, model: nn.Module, collator: Collator, seconds: dict[str, float]) -> dict[str, SuiteResult]:
+        engine = self.engine
+        ranks = {"dp_rank": engine.dp_rank, "dp_world_size": engine.dp_world_size}
+        started = time.perf_counter()
+        if self.prepared is None:  # every method has the same processor and prompt
+            batch_size = min(EVALUATION_BATCH, -(-self.settings.suite_samples // engine.dp_world_size))
+            self.prepared = prepare(collator, self.suites, batch_size=batch_size, **ranks)
+        with self.console.status("Evaluating") as status:
+            results = evaluate(
+                model,
+                collator,
+                self.suites,
+                device=engine.device,
+                max_new_tokens=MAX_NEW_TOKENS,
+                prepared=self.prepared,
+                progress=lambda suite, done, total: status.update(f"Evaluating {suite}: batch {done} of {total}"),
+                **ranks,
+            )
+        seconds["evaluate"] = time.perf_counter() - started
+        return results
+
+    def _config(self, method: str, seed: int) -> Any:
+        settings = self.settings
+        config = training_config(
+            method,
+            seed=seed,
+            steps=settings.steps,
+            world_size=settings.world_size,
+            model=settings.model,
+            train=settings.train,
+            run_dir=str(Path(settings.work) / f"{method}-seed{seed}"),
+        )
+        config.training.device = settings.device
+        return config
+
+    def _write(self, run: MethodRun) -> None:
+        run.fingerprint = self.settings.fingerprint
+        if self.engine.rank == 0:
+            run.save(result_folder(self.settings))
+
+    def _tell(self, what: str, results: dict[str, SuiteResult], seconds: dict[str, float]) -> None:
+        scores = {name: result.accuracy for name, result in results.items()}
+        shown = {"ID": scores["id"], **{name: averages(scores, self.suites)[name] for name in ("near", "far")}}
+        figures = "  ".join(f"{name} {100 * score:.1f}" for name, score in shown.items() if score is not None)
+        times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        self.console.print(f"[bold]{what}[/]: {figures}  [dim]({times})[/]")
+
+
+def _summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A training run in a few figures."""
+    tail = history[-10:]
+    summary: dict[str, Any] = {
+        "steps": history[-1]["step"],
+        "loss (last 10 steps)": sum(line["loss"] for line in tail) / len(tail),
+        "samples/s": _median([line["samples_per_s"] for line in history]),
+        "memory MB": max(line["memory_mb"] for line in history),
+    }
+    for key, label in (("omega_mean", "mean ω"), ("conflict_rate", "conflict rate")):
+        if history[-1].get(key) is not None:
+            summary[label] = history[-1][key]
+    return summary
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _telemetry(path: Path) -> list[dict[str, Any]]:
+    """ω and conflict rate per layer over the steps; empty for an optimizer without telemetry."""
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        layers = {
+            name: {"omega": layer["omega"], "conflict_rate": layer["conflict_rate"]}
+            for name, layer in entry["layers"].items()
+        }
+        kept.append({"step": entry["step"], "layers": layers})
+    return kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank. An error is left in `WORK/errors/rankN.txt` for the process that started the ranks."""
+    (path,) = sys.argv[1:] if argv is None else argv
+    # peft asks Transformers for an attribute by its old name; nothing that a user could do about it
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    settings = Settings.load(path)
+    if settings.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        Worker(settings).run()
+    except Exception as error:
+        rank = int(os.environ.get("RANK", "0"))
+        text = str(error) if isinstance(error, ScaleDigrapError) else traceback.format_exc()
+        write_atomically(Path(settings.work) / "errors" / f"rank{rank}.txt", text)
+        return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after an error the other ranks are inside a collective, and leaving it politely would wait for them.
+    os._exit(code)
