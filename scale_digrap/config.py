@@ -244,7 +244,11 @@ class SuiteConfig:
     """``id``, ``near`` or ``far``: which average the suite counts in."""
 
     shift: str = "none"
-    """``none``, ``vision``, ``question``, ``answer``, ``multimodal`` or ``skill``."""
+    """What differs from the training data: ``none`` (with group ``id``), ``vision``, ``question``, ``answer``,
+    ``multimodal``, ``adversarial`` or ``skill``."""
+
+    metric: str = "vqa/official"
+    """How an answer is scored, see ``scale_digrap.evaluation.scorers``."""
 
 
 @dataclass(kw_only=True)
@@ -317,7 +321,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 SUITE_CHOICES: dict[str, tuple[str, ...]] = {
     "group": ("id", "near", "far"),
-    "shift": ("none", "vision", "question", "answer", "multimodal", "skill"),
+    "shift": ("none", "vision", "question", "answer", "multimodal", "adversarial", "skill"),
 }
 
 
@@ -389,6 +393,11 @@ def validate(config: Config) -> None:
             _check_choice(f"evaluation.suites.{name}.{key}", getattr(suite, key), choices)
         if not suite.shards:
             raise ConfigError(f"evaluation.suites.{name}.shards is empty: name its tar files")
+        if (suite.group == "id") != (suite.shift == "none"):
+            raise ConfigError(
+                f"evaluation.suites.{name}: group id goes with shift none and only with it, got {suite.group} and "
+                f"{suite.shift}"
+            )
 
     for key in (
         "optimizer.lr",

@@ -1,0 +1,134 @@
+"""The command line: ``scale-digrap train | quickstart | shards``.
+
+A subcommand imports what it needs when it runs, so that ``--help`` answers at once. Errors of the package's own are one
+line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from scale_digrap import __version__
+from scale_digrap.errors import ScaleDigrapError
+
+_GRACE_S = 3.0
+TRAIN_EXAMPLES = """\
+examples:
+  scale-digrap train configs/quickstart.yaml
+  scale-digrap train configs/quickstart.yaml optimizer.name=adamw optimizer.lr=3e-4
+  torchrun --nproc-per-node 8 -m scale_digrap train configs/paligemma_vqav2_lora.yaml training.batch_size=4
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, or 2 for an error that the user can put right."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parsed = _parser(arguments).parse_args(arguments)
+        return int(parsed.run(parsed) or 0)
+    except ScaleDigrapError as error:
+        _report(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scale-digrap", description="Robust fine-tuning of vision-language models at scale."
+    )
+    parser.add_argument("--version", action="version", version=f"scale-digrap {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model as a configuration says, alone or under torchrun",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", type=Path, help="see configs/ and scale_digrap/config.py")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
+    train.add_argument("--print-config", action="store_true", help="print the whole resolved configuration and stop")
+    train.set_defaults(run=_train)
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="fine-tune the built-in tiny VLM with DiGraP and with AdamW, compare, and write a report",
+        description="With --pretrain: train the built-in tiny VLM from nothing (see quickstart --pretrain --help).",
+    )
+    _quickstart_arguments(quickstart, arguments)
+
+    shards = commands.add_parser("shards", help="make data sets of webdataset tar shards")
+    actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
+    write = actions.add_parser("write", help="write a known data set as shards")
+    write.add_argument("dataset", choices=["easy-vqa"], help="easy-vqa: the quick-start's training set and suites")
+    write.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
+    write.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
+    write.set_defaults(run=_write_shards)
+    return parser
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The quick-start's options, imported only when they are asked for."""
+    parser.add_argument("--pretrain", action="store_true", help="pre-train the built-in tiny VLM instead")
+    if "quickstart" not in arguments[:1]:
+        return
+    if "--pretrain" in arguments:
+        from scale_digrap.quickstart import pretrain
+
+        pretrain.add_arguments(parser)
+        parser.set_defaults(run=pretrain.main)
+    else:
+        from scale_digrap.quickstart import pipeline
+
+        pipeline.add_arguments(parser)
+        parser.set_defaults(run=pipeline.main)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from scale_digrap.config import config_to_yaml, load_config, validate_for_training
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        if _rank() == 0:
+            print(config_to_yaml(config), end="")
+        return 0
+    validate_for_training(config)
+    from scale_digrap.training.run import run
+
+    run(config)
+    return 0
+
+
+def _write_shards(arguments: argparse.Namespace) -> int:
+    from scale_digrap.quickstart.data import build
+
+    data = build(arguments.to, seed=arguments.seed)
+    print(f"train: {len(data.train)} shards")
+    for name, shards in data.suites.items():
+        print(f"suite {name}: {len(shards)} shards")
+    return 0
+
+
+def _report(error: ScaleDigrapError) -> None:
+    """One line on stderr. Ranks mostly fail alike, and one voice is enough: the others wait, and if rank 0 fails too,
+    torchrun ends them before they speak. An error of one rank alone is told by that rank."""
+    rank = _rank()
+    if rank:
+        time.sleep(_GRACE_S)
+    where = f" on rank {rank}" if rank else ""
+    print(f"scale-digrap: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

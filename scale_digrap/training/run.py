@@ -1,0 +1,120 @@
+"""What ``scale-digrap train`` does: train, evaluate the configured suites, say what came out."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scale_digrap.config import Config
+from scale_digrap.training.loop import TrainResult, train
+
+
+def run(config: Config) -> TrainResult:
+    """Train and evaluate; rank 0 prints a summary and writes ``run_dir/summary.json``.
+
+    Raises:
+        ScaleDigrapError: as :func:`scale_digrap.training.train`; also suites that cannot be read.
+    """
+    suites = _suites(config)
+    result = train(config)
+    scores = _evaluate(config, result, suites) if suites else {}
+    if result.engine.rank == 0:
+        summary = {**summarize(result), **({"evaluation": scores} if scores else {})}
+        (result.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _print(summary, Console())
+    _leave()
+    return result
+
+
+def summarize(result: TrainResult) -> dict[str, Any]:
+    """A finished run in a few figures: means over the last tenth of the log, medians of the speeds."""
+    history = result.history
+    tail = history[-max(1, len(history) // 10) :]
+    trained = result.loaded.trained()
+    summary: dict[str, Any] = {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "ranks": result.engine.world_size,
+        "optimizer": type(result.optimizer).__name__,
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "anchored_layers": len(result.anchored),
+        "skipped_steps": result.skipped_steps,
+        "truncated_questions": result.collator.truncated,
+        "run_dir": str(result.run_dir),
+    }
+    if history:
+        summary |= {
+            "loss": statistics.fmean(line["loss"] for line in tail),
+            "samples_per_s": statistics.median(line["samples_per_s"] for line in history),
+            "tokens_per_s": statistics.median(line["tokens_per_s"] for line in history),
+            "memory_mb": max(line["memory_mb"] for line in history),
+            "data_wait_s": sum(line["data_wait_s"] for line in history),
+            "omega_mean": history[-1]["omega_mean"],
+            "conflict_rate": history[-1]["conflict_rate"],
+        }
+    return summary
+
+
+def _suites(config: Config) -> list[Any]:
+    """The configured suites. Their shards are read once now: a missing file must not wait for the end of training."""
+    if not config.evaluation.suites:
+        return []
+    from scale_digrap.data.loader import ShardDataset
+    from scale_digrap.evaluation.suites import Suite
+
+    suites = []
+    for name, suite in config.evaluation.suites.items():
+        ShardDataset(suite.shards)
+        suites.append(
+            Suite(name=name, group=suite.group, shift=suite.shift, metric=suite.metric, shards=tuple(suite.shards))  # type: ignore[arg-type]
+        )
+    return suites
+
+
+def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[str, float | None]:
+    from scale_digrap.evaluation.runner import evaluate
+    from scale_digrap.evaluation.suites import averages
+
+    engine = result.engine
+    results = evaluate(
+        result.model,
+        result.collator,
+        suites,
+        dp_rank=engine.dp_rank,
+        dp_world_size=engine.dp_world_size,
+        device=engine.device,
+        batch_size=config.evaluation.batch_size,
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
+    if engine.rank == 0:
+        folder = Path(config.run_dir) / "evaluation"
+        folder.mkdir(exist_ok=True)
+        for name, suite_result in results.items():
+            record = {**suite_result.to_json(), "prompt_template": result.collator.template.to_dict()}
+            (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    scores: dict[str, float | None] = {name: suite_result.accuracy for name, suite_result in results.items()}
+    return {**scores, **{f"mean:{name}": mean for name, mean in averages(scores, suites).items()}}
+
+
+def _print(summary: dict[str, Any], console: Console) -> None:
+    table = Table(title="Run finished", show_header=False)
+    flat = {name: value for name, value in summary.items() if name != "evaluation"}
+    for name, score in summary.get("evaluation", {}).items():
+        flat[f"accuracy {name}"] = None if score is None else f"{100 * score:.2f} %"
+    for name, value in flat.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}")
+    console.print(table)
+
+
+def _leave() -> None:
+    """End the process group that torchrun's ranks share; leaving it open is a warning of torch's at exit."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
