@@ -46,7 +46,7 @@ def rich_table(comparison: Comparison, console: Console) -> Table:
     Where the terminal is too narrow for every suite, only ID, far and the averages are shown.
     """
     table = _rich_table(comparison, comparison.columns, narrow=False)
-    if console.measure(table).maximum > console.width:
+    if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
         summary = [
             column for column in comparison.columns if column.is_average or _only_of_its_group(comparison, column)
         ]
