@@ -24,8 +24,8 @@ SHAPES = {
 
 
 def swing(name: str, shape: tuple[int, ...], t: int, theta: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Gradient of a quadratic whose minimum swings about the start, with spells in which it jumps from side to side: there
-    <g, δ> changes sign from step to step and ω rises, between them it falls. Deterministic in (name, t)."""
+    """Gradient of a quadratic whose minimum swings about the start, with spells in which it jumps from side to side:
+    there <g, δ> changes sign from step to step and ω rises, between them it falls. Deterministic in (name, t)."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1000)
     direction = torch.randn(shape, generator=generator, dtype=torch.float64)
     generator.manual_seed(sum(map(ord, name)) * 1000 + t + 1)
