@@ -29,6 +29,7 @@ STYLE: dict[str, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "hatch.linewidth": 0.6,
     "figure.dpi": 150,
     "savefig.dpi": 150,
 }
@@ -88,10 +89,19 @@ def accuracy(comparison: Comparison) -> Figure:
                         continue
                     label = method.label if place == 0 else None
                     height, error = 100 * cell.mean, _error(cell)
+                    variant = method.variant_of is not None
                     axis.bar(
-                        place + offset, height, 0.9 * width, color=colours[method.key], label=label, yerr=error,
+                        place + offset,
+                        height,
+                        0.9 * width,
+                        color="white" if variant else colours[method.key],
+                        edgecolor=colours[method.key],
+                        hatch="/////" if variant else None,
+                        linewidth=0.8,
+                        label=label,
+                        yerr=error,
                         error_kw={"elinewidth": 0.9, "ecolor": "#222222", "capsize": 1.5},
-                    )  # fmt: skip
+                    )
                     top = height + error[1][0] + 1
                     axis.text(
                         place + offset, top, f"{height:.0f}", ha="center", va="bottom", fontsize=6.5, color="#333333"
@@ -151,7 +161,7 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
                 means.setdefault(name, {})[method.key] = sum(present) / len(present)
     names, hidden = _shown(list(means))
     hue = colormaps[_HUES.get(methods[0].family, "Greens")]
-    colours = {method.key: hue(0.85) if index else "#8a8a8a" for index, method in enumerate(methods)}
+    colours = {method.key: hue(0.85) if index else "#6b6b6b" for index, method in enumerate(methods)}
     markers = "osD^v"
     with rc_context(STYLE):
         figure = Figure(figsize=(8.5, max(3.0, 0.155 * len(names) + 1.6)), layout="constrained")
@@ -162,10 +172,18 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
             axis.plot([min(found), max(found)], [row, row], color="#bbbbbb", linewidth=1, zorder=1)
         for index, method in enumerate(methods):
             points = [(means[name][method.key], row) for row, name in enumerate(names) if method.key in means[name]]
+            hollow = index == 0  # so that a mark on the same place shows through
             axis.scatter(
-                [x for x, _ in points], [y for _, y in points], s=24, marker=markers[index % len(markers)],
-                color=colours[method.key], edgecolors="white", linewidths=0.4, label=method.label, zorder=2,
-            )  # fmt: skip
+                [x for x, _ in points],
+                [y for _, y in points],
+                s=40 if hollow else 16,
+                marker=markers[index % len(markers)],
+                facecolors="none" if hollow else colours[method.key],
+                edgecolors=colours[method.key],
+                linewidths=1.2 if hollow else 0.4,
+                label=method.label,
+                zorder=2,
+            )
         positive = [value for name in names for value in means[name].values() if value > 0]
         if positive and max(positive) > 20 * min(positive):
             axis.set_xscale("log")
@@ -183,13 +201,16 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
 
 
 def method_colours(methods: Sequence[Method]) -> dict[str, tuple[float, ...]]:
-    """One hue per family, from dark to light in the family's order."""
-    colours = {}
+    """One hue per family, from dark to light in the family's order; variants have the colour of their original."""
+    colours: dict[str, tuple[float, ...]] = {}
     for family in {method.family: None for method in methods}:
-        members = [method.key for method in methods if method.family == family]
+        members = [method.key for method in methods if method.family == family and method.variant_of is None]
         palette = colormaps[_HUES.get(family, "Greens")]
-        shades = np.linspace(0.85, 0.38, len(members)) if len(members) > 1 else [0.55]
+        shades = np.linspace(0.85, 0.45, len(members)) if len(members) > 1 else [0.55]
         colours.update({key: palette(shade) for key, shade in zip(members, shades, strict=True)})
+    for method in methods:
+        if method.variant_of is not None:
+            colours[method.key] = colours.get(method.variant_of, (0.4, 0.6, 0.4, 1.0))
     return colours
 
 

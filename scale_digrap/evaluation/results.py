@@ -52,6 +52,8 @@ class Method:
     """Methods of one family share a hue in the plots: "base", "full", "lora"."""
     baseline: str | None = None
     """Key of the method that this one is compared with, question by question."""
+    variant_of: str | None = None
+    """Key of the method whose trained weights this one starts from: the plots draw it alike."""
 
 
 @dataclass(kw_only=True)

@@ -96,7 +96,11 @@ class Settings:
 def wise(method: Method) -> Method:
     """The row of a trained method's WiSE-FT mixture."""
     return Method(
-        key=f"{method.key}-wise", label=f"{method.label} + WiSE-FT", family=method.family, baseline=method.key
+        key=f"{method.key}-wise",
+        label=f"{method.label} + WiSE-FT",
+        family=method.family,
+        baseline=method.key,
+        variant_of=method.key,
     )
 
 
@@ -326,7 +330,7 @@ def launch(settings: Settings, console: Console) -> int:
         old.unlink()
     command = [sys.executable, "-m"]
     if settings.world_size > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(settings.world_size)]
+        command += ["torch.distributed.run", "--nproc-per-node", str(settings.world_size), "--log-dir", str(errors)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m"]
     process = subprocess.Popen([*command, WORKER, str(path)], env=_environment(settings))
     if threading.current_thread() is threading.main_thread():

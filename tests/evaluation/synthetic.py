@@ -12,6 +12,13 @@ METHODS = [
     Method(key="zero-shot", label="Zero-shot", family="base"),
     Method(key="full-adamw", label="AdamW", family="full", baseline="zero-shot"),
     Method(key="full-digrap", label="DiGraP", family="full", baseline="full-adamw"),
+    Method(
+        key="full-digrap-wise",
+        label="DiGraP + WiSE-FT",
+        family="full",
+        baseline="full-digrap",
+        variant_of="full-digrap",
+    ),
     Method(key="lora-adamw", label="LoRA AdamW", family="lora", baseline="zero-shot"),
     Method(key="lora-digrap", label="LoRA DiGraP", family="lora", baseline="lora-adamw"),
 ]
@@ -19,6 +26,7 @@ ACCURACY = {
     "zero-shot": (0.78, 0.75, 0.76, 0.77, 0.74, 0.92),
     "full-adamw": (0.97, 0.90, 0.88, 0.70, 0.62, 0.72),
     "full-digrap": (0.97, 0.91, 0.88, 0.74, 0.66, 0.80),
+    "full-digrap-wise": (0.92, 0.88, 0.86, 0.78, 0.70, 0.90),
     "lora-adamw": (0.95, 0.88, 0.86, 0.73, 0.65, 0.82),
     "lora-digrap": (0.94, 0.88, 0.87, 0.75, 0.67, 0.85),
 }
@@ -63,10 +71,10 @@ def comparison(seeds: int = 1, questions: int = 200, missing: str | None = None)
                 results[suite.name] = SuiteResult(suite.name, suite.metric, records, 1.0)
             run = MethodRun(method=method.key, seed=seed, suites=results, seconds={"train": 41.0, "evaluate": 6.0})
             names = layer_names() if method.family == "full" else [n for n in layer_names() if "q_proj" in n]
-            if method.key != "zero-shot":
+            if method.key != "zero-shot" and method.variant_of is None:
                 run.training = {"steps": 150, "final loss": 0.1234}
                 run.drift = {name: {"drift": 1.0, "relative_drift": float(rng.lognormal(-3, 0.6))} for name in names}
-            if "digrap" in method.key:
+            if method.key.endswith("digrap"):
                 run.telemetry = [
                     {
                         "step": step,
