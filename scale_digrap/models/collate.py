@@ -97,6 +97,7 @@ class VqaCollator:
             ``mm_token_type_ids`` alike where the processor makes them; ``pixel_values`` and whatever else its image
             processor makes (no such keys if no sample has an image).
         """
+        _check_not_empty(samples)
         texts = [self.template.render_answer(training_answer(sample.answers)) for sample in samples]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         answers = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
@@ -112,6 +113,7 @@ class VqaCollator:
 
     def generate(self, samples: Sequence[VqaSample]) -> Batch:
         """Left-padded prompts for ``model.generate``: as :meth:`train` without answers and ``labels``."""
+        _check_not_empty(samples)
         rows, image_inputs = self._prompts(samples, reserve=[0] * len(samples))
         for row in rows:
             row["attention_mask"] = [1] * len(row["input_ids"])
@@ -126,8 +128,6 @@ class VqaCollator:
         self, samples: Sequence[VqaSample], reserve: Sequence[int]
     ) -> tuple[list[dict[str, list[int]]], dict[str, torch.Tensor]]:
         """Unpadded token rows of all prompts, in order, and the image tensors of those samples that have one."""
-        if not samples:
-            raise CollateError("cannot collate an empty batch")
         questions = [sample.question for sample in samples]
         pictured = [index for index, sample in enumerate(samples) if sample.image is not None]
         plain = [index for index, sample in enumerate(samples) if sample.image is None]
@@ -222,6 +222,11 @@ class VqaCollator:
                 target[slice(length - len(values), None) if left else slice(0, len(values))] = values
             batch[name] = torch.from_numpy(padded)
         return batch
+
+
+def _check_not_empty(samples: Sequence[VqaSample]) -> None:
+    if not samples:
+        raise CollateError("cannot collate an empty batch")
 
 
 def _token_rows(encoded: Any, count: int) -> list[dict[str, list[int]]]:

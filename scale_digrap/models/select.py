@@ -57,7 +57,8 @@ def _near(pattern: str, names: Sequence[str], count: int = 3) -> str:
     """Names like the pattern, compared part by part: full names are long, and differ from a pattern by their length."""
     words = re.sub(r"[\\^$.*+?()\[\]{}|]+", " ", pattern).split()
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-    close = [near for word in words for near in difflib.get_close_matches(word, parts, n=count, cutoff=0.5)]
+    whole = {piece: part for part in parts for piece in (*part.split("_"), part)}
+    close = [whole[near] for word in words for near in difflib.get_close_matches(word, whole, n=count, cutoff=0.6)]
     if close:
         return f"; names contain {', '.join(dict.fromkeys(close))}"
     return f"; names are like {', '.join(names[:count])}" if names else ""
