@@ -11,7 +11,16 @@ from typing import Any
 
 from scale_digrap.evaluation.plots import FIGURES, figures, to_png
 from scale_digrap.evaluation.results import Comparison, write_atomically
-from scale_digrap.evaluation.tables import cell_text, heading, markdown_table, notes, percent, question_text, verdicts
+from scale_digrap.evaluation.tables import (
+    DIFFERENCES_NOTE,
+    cell_text,
+    differences,
+    heading,
+    markdown_table,
+    notes,
+    percent,
+    question_text,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --text: #1f2328; --page: #ffffff; --dim: #59636e; }
@@ -28,6 +37,7 @@ th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--soft); font-weight: 600; }
 tr.group td { border-top: 2px solid var(--line); } tr.foot td { color: var(--dim); }
 td.average, th.average { background: var(--soft); }
+td.better { font-weight: 600; color: #1a7f37; } td.worse { font-weight: 600; color: #cf222e; }
 .dim { color: var(--dim); } li { margin: .15rem 0; }
 figure { margin: 1.2rem 0; padding: .8rem; background: #ffffff; border: 1px solid var(--line); border-radius: 6px; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
@@ -59,7 +69,6 @@ def html(comparison: Comparison, images: Mapping[str, bytes]) -> str:
     """The report as one self-contained page."""
     title = escape(comparison.title or "Evaluation")
     commit = comparison.environment.get("commit")
-    verdict = verdicts(comparison)
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -69,12 +78,9 @@ def html(comparison: Comparison, images: Mapping[str, bytes]) -> str:
         _html_table(comparison),
         f'</div><p class="dim">{escape(" ".join(notes(comparison)))}</p>',
     ]
-    if verdict:
-        parts.append(
-            "<h2>Paired differences</h2><p>In percentage points, with 95 % intervals over the same questions; "
-            "“better” and “worse” only where the interval does not hold zero.</p>"
-        )
-        parts.append(_list(verdict))
+    if any(method.baseline for method in comparison.methods):
+        parts.append(f'<h2>Paired differences</h2><div class="scroll">{_differences_table(comparison)}</div>')
+        parts.append(f'<p class="dim">{escape(DIFFERENCES_NOTE)}</p>')
     parts.append("<h2>Suites</h2>")
     parts.append(_list(f"{suite.heading}: {suite.description or suite.shift}" for suite in comparison.suites))
     if images:
@@ -125,6 +131,20 @@ def _html_table(comparison: Comparison) -> str:
     )
     rows.append(f'<tr class="group foot"><td>Questions</td>{counts}</tr>')
     return f"<table><thead><tr><th>Method</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _differences_table(comparison: Comparison) -> str:
+    shown, rows = differences(comparison)
+    head = "".join(f"<th>{escape(heading(column))}</th>" for column in shown)
+    names = {1: "better", -1: "worse"}
+    body = []
+    for label, cells in rows:
+        texts = [
+            f'<td class="{names[cell.sign]}">{cell.text}</td>' if cell.sign else f"<td>{cell.text}</td>"
+            for cell in cells
+        ]
+        body.append(f"<tr><td>{escape(label)}</td>{''.join(texts)}</tr>")
+    return f"<table><thead><tr><th>Difference</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _runs_table(comparison: Comparison) -> str:

@@ -1,13 +1,16 @@
-"""A comparison as text: a table for the terminal, one in Markdown, and sentences that say who wins and who does not."""
+"""A comparison as text: tables for the terminal and in Markdown that say who wins, and where nobody does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from scale_digrap.evaluation.results import Cell, Column, Comparison
+from scale_digrap.evaluation.suites import AVERAGES
 
 EMPTY = "–"
 """Stands where a suite is missing, in its own column and in every average that it belongs to."""
@@ -75,7 +78,7 @@ def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) 
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """The same table in Markdown, with its notes."""
+    """The same table in Markdown, with its notes and the paired differences."""
     head = ["Method", *(heading(column) for column in comparison.columns)]
     lines = [_row(head), _row(["---", *("---:" for _ in comparison.columns)])]
     for method in comparison.methods:
@@ -86,7 +89,16 @@ def markdown_table(comparison: Comparison) -> str:
             )
         )
     lines.append(_row(["*Questions*", *(f"*{question_text(comparison, column)}*" for column in comparison.columns)]))
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes(comparison))]) + "\n"
+    lines += ["", *(f"{note}  " for note in notes(comparison))]
+    shown, rows = differences(comparison)
+    if rows:
+        lines += ["", _row(["Difference", *(column.heading for column in shown)])]
+        lines.append(_row(["---", *("---:" for _ in shown)]))
+        lines += [
+            _row([label, *(f"**{cell.text}**" if cell.sign else cell.text for cell in cells)]) for label, cells in rows
+        ]
+        lines += ["", DIFFERENCES_NOTE]
+    return "\n".join(lines) + "\n"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -112,31 +124,68 @@ def notes(comparison: Comparison) -> list[str]:
     return result
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """For each method with a baseline: what the paired comparison says in the ID and OOD columns."""
+@dataclass(frozen=True)
+class Difference:
+    """One method against its baseline in one column, in text."""
+
+    text: str
+    """ "+1.7 ± 1.0" in percentage points, "–" where incomplete."""
+    sign: int
+    """1 better, −1 worse, 0 where the interval holds zero or there is none."""
+
+
+def differences(comparison: Comparison) -> tuple[list[Column], list[tuple[str, list[Difference]]]]:
+    """Every method with a baseline against it, paired by question and seed.
+
+    Returns:
+        The columns (ID, far and averages) and the rows, each a label such as "DiGraP − AdamW" and a cell per column.
+    """
     labels = {method.key: method.label for method in comparison.methods}
-    shown = [column for column in comparison.columns if column.is_average or _only_of_its_group(comparison, column)]
-    lines = []
+    shown = summary_columns(comparison)
+    rows = []
     for method in comparison.methods:
         if method.baseline is None:
             continue
-        parts = []
+        cells = []
         for column in shown:
             difference = comparison.difference(method.key, method.baseline, column)
             if difference is None:
-                parts.append(f"{column.heading} {EMPTY}")
+                cells.append(Difference(EMPTY, 0))
                 continue
             mean, half = difference
-            mark = "" if abs(mean) <= half else (" (better)" if mean > 0 else " (worse)")
-            parts.append(f"{column.heading} {signed_percent(mean)} ± {percent(half)}{mark}")
-        lines.append(f"{method.label} − {labels[method.baseline]}: {', '.join(parts)}")
-    return lines
+            sign = 0 if abs(mean) <= half else (1 if mean > 0 else -1)
+            cells.append(Difference(f"{signed_percent(mean)} ± {percent(half)}", sign))
+        rows.append((f"{method.label} − {labels[method.baseline]}", cells))
+    return shown, rows
 
 
-def _only_of_its_group(comparison: Comparison, column: Column) -> bool:
-    (name,) = column.suites
-    group = next(suite.group for suite in comparison.suites if suite.name == name)
-    return sum(suite.group == group for suite in comparison.suites) == 1
+DIFFERENCES_NOTE = (
+    "Paired differences in percentage points with 95 % intervals over the same questions and seeds; bold where the "
+    "interval does not hold zero."
+)
+
+
+def rich_differences(comparison: Comparison) -> Table:
+    """`differences` for a terminal."""
+    shown, rows = differences(comparison)
+    table = Table(caption=DIFFERENCES_NOTE, caption_justify="left")
+    table.add_column("Difference")
+    for column in shown:
+        table.add_column(column.heading, justify="right")
+    styles = {1: "bold green", -1: "bold red", 0: ""}
+    for label, cells in rows:
+        table.add_row(label, *(Text(cell.text.replace(" ± ", "±"), style=styles[cell.sign]) for cell in cells))
+    return table
+
+
+def summary_columns(comparison: Comparison) -> list[Column]:
+    """The columns of groups, ID first: averages, and suites that are alone in their group."""
+    groups = {suite.name: suite.group for suite in comparison.suites}
+    shown = {}
+    for column in comparison.columns:
+        if column.is_average or list(groups.values()).count(groups[column.key]) == 1:
+            shown[column.key if column.is_average else groups[column.key]] = column
+    return [shown[name] for name in ("id", *AVERAGES) if name in shown]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -217,14 +217,12 @@ def main(args: argparse.Namespace) -> int:
 
     comparison = collect(settings)
     from scale_digrap.evaluation.report import write_report
-    from scale_digrap.evaluation.tables import rich_table, verdicts
+    from scale_digrap.evaluation.tables import rich_differences, rich_table
 
     page = write_report(comparison, settings.output)
     console.print()
     console.print(rich_table(comparison, console))
-    console.print("\nPaired differences in points, with 95 % intervals over the same questions:", style="dim")
-    for line in verdicts(comparison):
-        console.print(f"  {line}", highlight=False)
+    console.print(rich_differences(comparison))
     console.print(f"\n[bold]{page}[/] · {time.perf_counter() - started:.0f} s")
     return 0
 

@@ -16,7 +16,7 @@ from scale_digrap.evaluation.report import write_report
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, ResultsError
 from scale_digrap.evaluation.runner import Record, SuiteResult
 from scale_digrap.evaluation.suites import Suite
-from scale_digrap.evaluation.tables import markdown_table, rich_table, verdicts
+from scale_digrap.evaluation.tables import differences, markdown_table, rich_differences, rich_table
 from tests.evaluation.synthetic import METHODS, comparison
 
 VOID = {"meta", "img", "br", "link"}
@@ -116,6 +116,9 @@ def test_a_narrow_terminal_gets_whole_figures_of_fewer_columns():
     assert "Near OOD" in text
     assert "Multimodal" not in text
     assert "Every suite: table.md" in text.replace("\n", " ")
+    console.print(rich_differences(comparison(seeds=2)))
+    assert "LoRA DiGraP − LoRA AdamW" in console.file.getvalue()
+    assert "…" not in console.file.getvalue()
 
 
 def test_missing_suite_shows_in_its_averages_and_in_the_notes():
@@ -124,7 +127,13 @@ def test_missing_suite_shows_in_its_averages_and_in_the_notes():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert [index for index, cell in enumerate(cells) if cell == "–"] == [4, 7, 8, 9]  # answer, near, OOD, all
     assert "Incomplete, marked –: LoRA DiGraP" in markdown_table(made)
-    assert next(line for line in verdicts(made) if line.startswith("LoRA DiGraP")).count("–") >= 3
+    columns, rows = differences(made)
+    cells = dict(rows)["LoRA DiGraP − LoRA AdamW"]
+    assert [column.key for column, cell in zip(columns, cells, strict=True) if cell.text == "–"] == [
+        "near",
+        "ood",
+        "all",
+    ]
 
 
 def _two_methods(a: list[float], b: list[float], seeds: int = 1) -> Comparison:
@@ -142,11 +151,10 @@ def test_bold_is_the_best_and_what_is_not_distinguishable():
     column = comparison().columns[0]
     clear = _two_methods([1.0] * 90 + [0.0] * 10, [1.0] * 60 + [0.0] * 40)
     assert clear.best(column) == ["a"]
-    assert "(worse)" in verdicts(clear)[0]
+    assert differences(clear)[1][0][1][0].sign == -1
     close = _two_methods([1.0] * 90 + [0.0] * 10, [0.0] * 2 + [1.0] * 88 + [0.0] * 9 + [1.0])
     assert close.best(column) == ["a", "b"]
-    assert "better" not in verdicts(close)[0]
-    assert "worse" not in verdicts(close)[0]
+    assert differences(close)[1][0][1][0].sign == 0
     same = _two_methods([1.0] * 50, [1.0] * 50)
     assert same.best(column) == ["a", "b"]
 
