@@ -1,5 +1,5 @@
-"""DiGraP where tensors are cut in several ways at once: TP, sequence parallelism's Partial gradients, FSDP2 x TP, meshes
-that differ between layers, and pipeline stages that hold other layers."""
+"""DiGraP where tensors are cut in several ways at once: TP, sequence parallelism's Partial gradients, FSDP2 x TP,
+meshes that differ between layers, and pipeline stages that hold other layers."""
 
 from __future__ import annotations
 
