@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from scale_digrap.evaluation.results import Cell, Comparison, Method, MethodRun, finite
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,

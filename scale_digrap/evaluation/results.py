@@ -322,7 +322,7 @@ def _score_difference(a: MethodRun, b: MethodRun, suite: str) -> np.ndarray:
 
 def environment() -> dict[str, Any]:
     """Where and with what the numbers were made."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("scale-digrap", "torch", "transformers", "peft", "numpy"):
         try:
             versions[package] = version(package)

@@ -281,7 +281,8 @@ def _answer(
     records: list[Record] = []
     iterator = iter(batches)
     for done in range(1, len(batches) + 1):
-        batch, failure = None, None
+        batch: PreparedBatch | None = None
+        failure: Exception | None = None
         try:
             batch = next(iterator)
         except Exception as error:
@@ -290,6 +291,7 @@ def _answer(
             raise failure or _PeerError
         if failure is not None:
             raise failure
+        assert batch is not None
         predictions = _generate(model, collator, batch, settings, suite, share)
         for index, prediction in enumerate(predictions):
             if batch.valid[index]:
@@ -318,7 +320,7 @@ def _generate(
 ) -> list[str]:
     inputs = {name: tensor.to(share.device, non_blocking=True) for name, tensor in batch.inputs.items()}
     try:
-        tokens = model.generate(**inputs, **settings)
+        tokens = model.generate(**inputs, **settings)  # type: ignore[operator]
     except Exception as error:
         if not share.lockstep:
             raise

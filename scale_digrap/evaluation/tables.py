@@ -50,10 +50,7 @@ def rich_table(comparison: Comparison, console: Console) -> Table:
     """
     table = _rich_table(comparison, comparison.columns, narrow=False)
     if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
-        summary = [
-            column for column in comparison.columns if column.is_average or _only_of_its_group(comparison, column)
-        ]
-        table = _rich_table(comparison, summary, narrow=True)
+        table = _rich_table(comparison, summary_columns(comparison), narrow=True)
     return table
 
 

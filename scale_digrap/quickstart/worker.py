@@ -104,21 +104,27 @@ class Worker:
 
     def _evaluate(self, model: nn.Module, collator: Collator, seconds: dict[str, float]) -> dict[str, SuiteResult]:
         engine = self.engine
-        ranks = {"dp_rank": engine.dp_rank, "dp_world_size": engine.dp_world_size}
         started = time.perf_counter()
         if self.prepared is None:  # every method has the same processor and prompt
             batch_size = min(EVALUATION_BATCH, -(-self.settings.suite_samples // engine.dp_world_size))
-            self.prepared = prepare(collator, self.suites, batch_size=batch_size, **ranks)
+            self.prepared = prepare(
+                collator,
+                self.suites,
+                dp_rank=engine.dp_rank,
+                dp_world_size=engine.dp_world_size,
+                batch_size=batch_size,
+            )
         with self.console.status("Evaluating") as status:
             results = evaluate(
                 model,
                 collator,
                 self.suites,
+                dp_rank=engine.dp_rank,
+                dp_world_size=engine.dp_world_size,
                 device=engine.device,
                 max_new_tokens=MAX_NEW_TOKENS,
                 prepared=self.prepared,
                 progress=lambda suite, done, total: status.update(f"Evaluating {suite}: batch {done} of {total}"),
-                **ranks,
             )
         seconds["evaluate"] = time.perf_counter() - started
         return results
