@@ -77,7 +77,7 @@ def train(config: Config) -> TrainResult:
     loaded = engine.load(config)
     model = loaded.model
     if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        _checkpoint_activations(model)
     loader = TrainLoader(
         config.data.train,
         batch_size=config.training.batch_size,
@@ -173,6 +173,7 @@ class _Run:
         self.optimizer, self.metrics, self.result = optimizer, metrics, result
         self.parameters = list(loaded.trained().values())
         self.skipped_in_a_row = 0
+        self.stepped = False  # telemetry describes the last step, so there is none before the first
         self._reset()
 
     def _reset(self) -> None:
@@ -210,8 +211,10 @@ class _Run:
         log = self.config.log
         if number % log.every == 0:
             self._log(number, grad_norm)
-        if log.layers_every and number % log.layers_every == 0 and hasattr(self.optimizer, "layer_stats"):
-            self.metrics.write_layers(number, self.optimizer.layer_stats())
+        if self.stepped and log.layers_every and number % log.layers_every == 0:
+            layer_stats = getattr(self.optimizer, "layer_stats", None)
+            if layer_stats is not None:
+                self.metrics.write_layers(number, layer_stats())
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         began = time.perf_counter()
@@ -227,8 +230,8 @@ class _Run:
             # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
             before = self.optimizer.skipped_steps
             self.optimizer.step()
-            grad_norm = self.optimizer.grad_norm()
             skipped = self.optimizer.skipped_steps > before
+            grad_norm = math.nan if skipped else self.optimizer.grad_norm()
         else:
             grad_norm = self.engine.grad_norm(self.parameters)
             skipped = not math.isfinite(grad_norm)
@@ -237,6 +240,7 @@ class _Run:
                     self.engine.scale_gradients(self.parameters, clip / (grad_norm + 1e-6))
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.stepped = self.stepped or not skipped
         self._count_skipped(number, skipped)
         return grad_norm
 
@@ -262,7 +266,9 @@ class _Run:
             "memory_mb": memory_mb(self.engine.device),
             "data_wait_s": self.waited,
             "skipped_steps": self.result.skipped_steps,
-            **(digrap_summary(self.optimizer) or {"omega_mean": None, "conflict_rate": None}),
+            "omega_mean": None,
+            "conflict_rate": None,
+            **(digrap_summary(self.optimizer) if self.stepped else {}),
         }
         figures = {name: float(f) if isinstance(f, torch.Tensor) else f for name, f in figures.items()}
         self.metrics.write(number, figures)
@@ -274,6 +280,18 @@ class _Run:
         for module in self.model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    # Transformers renames it in v6. Not re-entrant: that form needs inputs that require gradients, and LoRA has none.
+    for name, argument in (
+        ("activation_checkpointing_enable", "activation_checkpointing_kwargs"),
+        ("gradient_checkpointing_enable", "gradient_checkpointing_kwargs"),
+    ):
+        if hasattr(model, name):
+            getattr(model, name)(**{argument: {"use_reentrant": False}})
+            return
+    raise TrainingError(f"training.activation_checkpointing: {type(model).__name__} does not support it")
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -94,20 +94,21 @@ def digrap_anchors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     anchors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            anchor = optimizer.state[parameter].get("anchor")
+            # .get: reading optimizer.state[...] would create an entry, and a checkpoint would then load into nothing
+            anchor = optimizer.state.get(parameter, {}).get("anchor")
             if anchor is not None:
                 anchors[name] = anchor
     return anchors
 
 
-def digrap_summary(optimizer: Optimizer) -> dict[str, float] | None:
-    """Mean ω and mean conflict rate over the anchored layers; None for another optimizer or without anchors."""
+def digrap_summary(optimizer: Optimizer) -> dict[str, float]:
+    """Mean ω and mean conflict rate over the anchored layers; empty for another optimizer or without anchors."""
     stats = getattr(optimizer, "layer_stats", None)
     if stats is None:
-        return None
+        return {}
     layers = [layer for layer in stats().values() if not math.isnan(layer.omega)]
     if not layers:
-        return None
+        return {}
     return {
         "omega_mean": sum(layer.omega for layer in layers) / len(layers),
         "conflict_rate": sum(layer.conflict_rate for layer in layers) / len(layers),
