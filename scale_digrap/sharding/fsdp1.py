@@ -48,6 +48,8 @@ def placements(params: Sequence[Tensor]) -> dict[int, Placement]:
             if not info.in_shard:
                 found[id(param)] = Placement(shape, shards, (), offset=0)
                 continue
+            assert info.intra_param_start_idx is not None
+            assert info.intra_param_end_idx is not None
             start, stop = info.intra_param_start_idx, info.intra_param_end_idx + 1
             found[id(param)] = Placement(shape, shards, flat_runs(shape, start, stop), offset=start)
     if missing := wanted - set(found):

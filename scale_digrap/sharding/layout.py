@@ -98,7 +98,8 @@ class ShardLayout:
         self.world_size = 1
         if dist.is_available() and dist.is_initialized():
             straddling = self._agree(straddling)
-        self.slots, owner = [], []
+        self.slots = []
+        owner: list[int] = []
         for index, rows in enumerate(straddling):
             self.slots.append({row: len(owner) + k for k, row in enumerate(rows or ())})
             owner += [index] * len(rows or ())
