@@ -17,8 +17,9 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,19 +52,17 @@ class Recipe:
     vision_steps: int = 1900
     vision_batch: int = 256
     vision_lr: float = 1e-2
-    question_steps: int = 2300
+    question_steps: int = 1400
     question_batch: int = 96
     questions_per_picture: int = 4
     question_lr: float = 5e-3
     vision_loss_weight: float = 0.3
     weight_decay: float = 0.05
     warmup: float = 0.05
-    """Share of a stage's steps in which the learning rate rises linearly; a cosine to zero follows."""
-
-    def scaled(self, share: float) -> Recipe:
-        """The same recipe with `share` of the steps."""
-        steps = {name: max(1, round(getattr(self, name) * share)) for name in ("vision_steps", "question_steps")}
-        return Recipe(**{**asdict(self), **steps})
+    """Share of a stage's steps in which the learning rate rises linearly."""
+    vision_decay: float = 0.95
+    """Share of the stage's steps, its last, in which the learning rate falls as a cosine to zero; constant before."""
+    question_decay: float = 0.3
 
 
 @dataclass
@@ -105,7 +104,14 @@ def draw_pictures(rng: np.random.Generator, batch: int) -> Pictures:
         count[index] = len(scene.items) - 1
         scenes.append(scene)
     normalised = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-    return Pictures(normalised, *map(torch.from_numpy, (shape, colour, centre, count)), scenes)
+    return Pictures(
+        pixel_values=normalised,
+        shape=torch.from_numpy(shape),
+        colour=torch.from_numpy(colour),
+        centre=torch.from_numpy(centre),
+        count=torch.from_numpy(count),
+        scenes=scenes,
+    )
 
 
 class VisionHeads(nn.Module):
@@ -206,7 +212,8 @@ def question_loss(
 
 def build_optimizers(modules: Sequence[nn.Module], lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, fused AdamW for everything else (embeddings, heads, norms, biases)."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             (matrices if parameter.ndim == 2 and ".layers." in f".{name}" else others).append(parameter)
@@ -216,12 +223,20 @@ def build_optimizers(modules: Sequence[nn.Module], lr: float, weight_decay: floa
     ]
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero; the factor for 0-based `step`."""
+def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
+    """The learning rate's factor at 0-based `step`: linear warm-up, constant, then a cosine to zero.
+
+    Args:
+        step: 0 to `steps` - 1.
+        steps: of the whole stage.
+        warmup: share of the steps in which it rises.
+        decay: share of the steps, at the end, in which it falls.
+    """
     rising = max(1, round(steps * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    falling = max(1, round(steps * decay))
+    rise = min(1.0, (step + 1) / rising)
+    fall = max(0.0, (step + 1 - (steps - falling)) / (falling + 1))
+    return rise * 0.5 * (1.0 + math.cos(math.pi * fall))
 
 
 StepFunction = Callable[[np.random.Generator], tuple[torch.Tensor, dict[str, float]]]
@@ -243,10 +258,21 @@ class Pretraining:
 
     def run(self) -> PaliGemmaForConditionalGeneration:
         """Both stages. Ends with bf16-exact weights."""
-        self._stage("vision", self.recipe.vision_steps, self.recipe.vision_lr, self._vision_step)
-        self._stage("questions", self.recipe.question_steps, self.recipe.question_lr, self._question_step)
+        self._vision_stage()
+        self._question_stage()
         tiny_vlm.round_to_bf16(self.model)
         return self.model
+
+    def _vision_stage(self) -> None:
+        recipe = self.recipe
+        trained = [self.model.model.vision_tower, self.heads]
+        self._stage("vision", 0, trained, recipe.vision_steps, recipe.vision_lr, recipe.vision_decay, self._vision_step)
+
+    def _question_stage(self) -> None:
+        recipe = self.recipe
+        trained = [self.model, self.heads]
+        steps, lr, decay = recipe.question_steps, recipe.question_lr, recipe.question_decay
+        self._stage("questions", 1, trained, steps, lr, decay, self._question_step)
 
     def _vision_step(self, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         pictures = draw_pictures(rng, self.recipe.vision_batch)
@@ -266,16 +292,24 @@ class Pretraining:
             vision_loss, accuracy = self.heads.loss(features.last_hidden_state, pictures)
         return loss + recipe.vision_loss_weight * vision_loss, {"answers": right, "loss": loss.item(), **accuracy}
 
-    def _stage(self, name: str, steps: int, lr: float, step_fn: StepFunction) -> None:
-        stage_index = ("vision", "questions").index(name)
-        rng = np.random.default_rng([self.recipe.seed, stage_index])
-        trained = [self.model.model.vision_tower, self.heads] if name == "vision" else [self.model, self.heads]
+    def _stage(
+        self,
+        name: str,
+        stream: int,
+        trained: Sequence[nn.Module],
+        steps: int,
+        lr: float,
+        decay: float,
+        step_fn: StepFunction,
+    ) -> None:
+        rng = np.random.default_rng([self.recipe.seed, stream])
         optimizers = build_optimizers(trained, lr, self.recipe.weight_decay)
         parameters = [p for module in trained for p in module.parameters()]
         self.model.train()
-        started, window = time.monotonic(), []
+        started = time.monotonic()
+        window: list[dict[str, float]] = []
         for step in self._progress(name, steps):
-            factor = schedule(step, steps, self.recipe.warmup)
+            factor = schedule(step, steps, self.recipe.warmup, decay)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * factor
@@ -321,9 +355,7 @@ TARGETS = {"generated scenes": 0.90, "easy-VQA test": 0.75}
 """What makes the base worth protecting: accuracy on unseen scenes, and zero-shot on easy-VQA's own questions."""
 
 
-def answer(
-    model: PaliGemmaForConditionalGeneration, collator: VqaCollator, samples: Sequence[VqaSample], *, batch: int = 250
-) -> list[str]:
+def answer(model: Any, collator: VqaCollator, samples: Sequence[VqaSample], *, batch: int = 250) -> list[str]:
     """Greedy answers by `generate`, in order."""
     model.eval()
     answers: list[str] = []

@@ -35,6 +35,7 @@ IMAGE_SIZE = 64
 PATCH = 16
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 WIDTH = 128
+_SPECIAL_TOKENS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -64,8 +65,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> PaliGemmaProcessor:
     """PaliGemma's processor over the word tokenizer. It adds its 1,152 ``<loc>``/``<seg>`` tokens, as for the 3B."""
-    image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    image_processor.image_seq_length = IMAGE_TOKENS
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = SiglipImageProcessorPil(size=size, image_seq_length=IMAGE_TOKENS)
     return PaliGemmaProcessor(image_processor=image_processor, tokenizer=build_tokenizer())
 
 
@@ -79,7 +80,6 @@ def build_config(vocabulary_size: int, image_token_id: int) -> PaliGemmaConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         vision_use_head=False,
-        projection_dim=WIDTH,
     )
     text = GemmaConfig(
         vocab_size=vocabulary_size,
@@ -90,9 +90,7 @@ def build_config(vocabulary_size: int, image_token_id: int) -> PaliGemmaConfig:
         num_key_value_heads=4,
         head_dim=WIDTH // 4,
         max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
+        **_SPECIAL_TOKENS,
     )
     return PaliGemmaConfig(
         vision_config=vision,
@@ -101,9 +99,7 @@ def build_config(vocabulary_size: int, image_token_id: int) -> PaliGemmaConfig:
         vocab_size=vocabulary_size,
         projection_dim=WIDTH,
         hidden_size=WIDTH,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
+        **_SPECIAL_TOKENS,
     )
 
 
@@ -113,9 +109,7 @@ def build_model(processor: PaliGemmaProcessor, seed: int = 0) -> PaliGemmaForCon
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = PaliGemmaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=4, pad_token_id=0, eos_token_id=1, bos_token_id=2
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=4, **_SPECIAL_TOKENS)
     return model
 
 
@@ -138,6 +132,8 @@ def save(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor
     state: dict[str, Any] = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     return folder
 
 
