@@ -201,7 +201,7 @@ class AnchoredOptimizer(Optimizer):
                     f"layer {name!r} has taken {int(state['step'])} steps and has no anchor: anchor='initial' would "
                     "capture trained weights. Load the pre-trained weights, call init_state(), then load the checkpoint"
                 )
-            fresh[index] = param.detach().clone(memory_format=torch.preserve_format)
+            fresh[index] = param.detach()  # copied below, in its final dtype: no fp32 copy of the model in between
         inexact = torch.zeros(len(self._params), dtype=torch.bool)
         for index, anchor in fresh.items():
             inexact[index] = not _fits_bf16(ShardLayout.local(anchor))
@@ -214,9 +214,8 @@ class AnchoredOptimizer(Optimizer):
                     "'float32'"
                 )
             narrow = asked == "bfloat16" or (asked == "auto" and not inexact[index])
-            self.state[self._params[index]]["anchor"] = anchor.to(
-                torch.bfloat16 if narrow else self._params[index].dtype
-            )
+            dtype = torch.bfloat16 if narrow else self._params[index].dtype
+            self.state[self._params[index]]["anchor"] = anchor.to(dtype, copy=True)
 
     def _anchor_kind_of(self, index: int) -> str | None:
         return self.param_groups[self._group_of[index]]["anchor"]

@@ -204,6 +204,7 @@ class DiGraP(AnchoredOptimizer):
         """Rebuild what follows from layout and state: views of the moments, blocks, host copies of steps and α."""
         layout = self._layout
         assert layout is not None
+        self._last = {}
         states = [self.state[param] for param in self._params]
         self._exp_avgs = [layout.local(state["exp_avg"]) for state in states]
         self._exp_avg_sqs = [layout.local(state["exp_avg_sq"]) for state in states]
@@ -241,15 +242,15 @@ class DiGraP(AnchoredOptimizer):
         for index, placed in enumerate(layout.placements):
             by_rows = layout.layers[index].by_rows
             stored = self._anchors[index] is not None
-            kind = (self._group_of[index], self._anchor_kind_of(index) is not None, stored, by_rows)
-            dense = layout.local(self._params[index]).is_contiguous()
+            local = layout.local(self._params[index])
+            kind = (self._group_of[index], self._anchor_kind_of(index) is not None, stored, by_rows, local.dtype)
             for run in placed.runs:
                 rows, cols = (run.rows, run.cols) if by_rows else (1, run.rows * run.cols)
                 slots = layout.row_slots(index, run, device)
-                for start, height, width in _tiles(rows, cols, limit if dense else rows * cols):
+                for start, height, width in _tiles(rows, cols, limit if local.is_contiguous() else rows * cols):
                     part = None if slots is None else slots[start // cols : start // cols + height]
                     piece = _Piece(index, run.start + start, height, width, part)
-                    # Rows that straddle ranks have no cosine yet; what a copy would cost more than a launch stays alone.
+                    # Rows that straddle ranks have no cosine yet; a piece that is dear to copy makes a block of its own.
                     alone = index if height * width > limit // 4 else None
                     kinds.setdefault((*kind, width, part is None, alone), []).append(piece)
         blocks: list[_Block] = []
@@ -392,7 +393,10 @@ class DiGraP(AnchoredOptimizer):
         project = live & self._anchored & torch.where(self._agree, dot > 0, conflict)
         scale = torch.where(project, new_omega * coefficient, zero)
         finite = torch.isfinite(sums[: GRAD + 1]).all() & torch.isfinite(hypergrad).all()
-        step_norms = {"sums": sums, "omega": new_omega, "conflict": conflict}
+        # A layer that did not take part keeps its drift; its gradient is 0.
+        if self._last:
+            sums[DRIFT] = torch.where(live, sums[DRIFT], self._last["sums"][DRIFT])
+        last = {"sums": sums, "omega": new_omega, "conflict": conflict}
 
         def commit() -> None:
             omega.copy_(new_omega)
@@ -403,7 +407,7 @@ class DiGraP(AnchoredOptimizer):
             previous_lr.copy_(torch.where(live, lr, previous_lr))
             previous_decay.copy_(torch.where(live, weight_decay, previous_decay))
             self._steps.add_(live)
-            self._last = step_norms
+            self._last = last
 
         return commit, torch.stack([scale, live.double(), finite.double().expand_as(scale)])
 
@@ -418,11 +422,12 @@ class DiGraP(AnchoredOptimizer):
                 self._host_lrs[i], self._host_decays[i] = float(group["lr"]), group["weight_decay"]
                 if grads[i] is None:  # another rank has a gradient for its piece of the layer: here it is zero
                     grads[i] = torch.zeros_like(params[i])
-        for number, group in enumerate(self.param_groups):
+        for number, dtype in sorted({(g, p.dtype) for g, p in zip(self._group_of, params, strict=True)}, key=str):
+            group = self.param_groups[number]
             plain = [
                 i
                 for i, owner in enumerate(self._group_of)
-                if owner == number and live[i] and scales[i] == 0 and params[i].numel()
+                if owner == number and params[i].dtype == dtype and live[i] and scales[i] == 0 and params[i].numel()
             ]
             moments = [self._exp_avgs[i] for i in plain], [self._exp_avg_sqs[i] for i in plain]
             self._adamw(group, [params[i] for i in plain], [grads[i] for i in plain], *moments, plain)

@@ -1,7 +1,7 @@
 """The maths on local, plain tensors: no layer is whole here, no rank is known.
 
-Symbols as in :mod:`scale_digrap.optim.digrap`. Matrices are ``[rows, cols]``: rows of one or several layers, or parts of
-rows, one under another.
+Symbols as in :mod:`scale_digrap.optim.digrap`. Matrices are ``[rows, cols]``: rows of one or several layers, or parts
+of rows, one under another.
 """
 
 from __future__ import annotations

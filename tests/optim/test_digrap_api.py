@@ -361,3 +361,53 @@ def test_relative_drift():
     lora.param_groups[0]["params"][0].grad = torch.ones(2, 2)
     lora.step()
     assert math.isnan(lora.layer_stats()["b"].relative_drift)
+
+
+def test_telemetry_of_a_layer_that_took_no_part():
+    a, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3))
+    optimizer = DiGraP([("a", a), ("b", b)], lr=1e-2)
+    for _ in range(3):
+        a.grad, b.grad = torch.ones(3, 3), torch.ones(3, 3)
+        optimizer.step()
+    before = optimizer.layer_stats()["b"]
+    b.grad = None
+    optimizer.step()
+    after = optimizer.layer_stats()["b"]
+    assert after.drift == before.drift > 0, "it has not moved back to its anchor"
+    assert (after.grad_norm, after.cosine, after.conflict) == (0.0, 0.0, False)
+    assert after.conflict_rate == before.conflict_rate
+
+
+def test_devices_without_a_fused_kernel_step_alike(monkeypatch):
+    from scale_digrap.optim import functional
+
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(functional, "_FUSED_DEVICES", frozenset())
+        net = model()
+        optimizer = DiGraP(net.named_parameters(), lr=1e-2, weight_decay=0.1, omega_lr=0.0)
+        optimizer.init_state()
+        for p in net.parameters():
+            optimizer.state[p]["omega"].fill_(0.5)
+        for seed in range(20):
+            optimizer.zero_grad()
+            loss_of(net, seed).backward()
+            optimizer.step()
+        results.append([p.detach().clone() for p in net.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_beside_float32():
+    torch.manual_seed(0)
+    singles = [("s", nn.Parameter(torch.randn(4, 3))), ("s2", nn.Parameter(torch.randn(2, 3)))]
+    doubles = [("d", nn.Parameter(singles[0][1].detach().double()))]
+    optimizer = DiGraP(singles + doubles, lr=1e-2, omega_lr=0.05)
+    for t in range(30):
+        generator = torch.Generator().manual_seed(t)
+        for _, p in singles + doubles:
+            p.grad = torch.randn(4, 3, generator=generator.manual_seed(t))[: len(p)].to(p.dtype)
+        optimizer.step()
+    assert doubles[0][1].dtype == torch.float64
+    assert torch.allclose(singles[0][1].double(), doubles[0][1], atol=1e-5)
