@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from scale_digrap.config import Config, config_from_dict
+from scale_digrap.config import Config, LoraConfig, ModelConfig, config_from_dict
+from scale_digrap.models import load_model
 from scale_digrap.training import TrainResult, train
 from tests.models import tiny  # noqa: F401 (registers the processors of its checkpoints)
 
@@ -52,6 +53,12 @@ def outcome(result: TrainResult) -> dict[str, Any]:
 def run(*args: Any, **sections: Any) -> dict[str, Any]:
     """Train and report; a module-level function, for the ranks of a pool too."""
     return outcome(train(config(*args, **sections)))
+
+
+def initial(path: str | Path, **sections: Any) -> dict[str, torch.Tensor]:
+    """The parameters that a run begins with."""
+    lora = LoraConfig(**sections["lora"]) if "lora" in sections else None
+    return {n: p.detach() for n, p in load_model(ModelConfig(path=str(path)), lora=lora).model.named_parameters()}
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
