@@ -250,7 +250,7 @@ class DiGraP(AnchoredOptimizer):
                 for start, height, width in _tiles(rows, cols, limit if local.is_contiguous() else rows * cols):
                     part = None if slots is None else slots[start // cols : start // cols + height]
                     piece = _Piece(index, run.start + start, height, width, part)
-                    # Rows that straddle ranks have no cosine yet; a piece that is dear to copy makes a block of its own.
+                    # Rows that straddle ranks have no cosine yet; a piece that is dear to copy gets its own block.
                     alone = index if height * width > limit // 4 else None
                     kinds.setdefault((*kind, width, part is None, alone), []).append(piece)
         blocks: list[_Block] = []

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from tests.optim.sharded_problem import train_alone, train_sharded, worst_error
+from scale_digrap import DiGraP
+from tests.optim.sharded_problem import Net, shard, targets, train_alone, train_sharded, worst_error
 
 pytestmark = pytest.mark.distributed
 
@@ -60,3 +66,51 @@ def test_mixed_precision_with_fp32_parameters(dist_pool):
     reference = train_alone(2, 30, {}, mixed=True)
     results = dist_pool(2).run(train_sharded, "mixed", 30, {})
     check(results, reference, 1e-6)
+
+
+def mapped(kind: str) -> None:
+    """Anchors given as unsharded tensors: every rank must keep its own part of each, in the right place."""
+    model = Net(scalar=False)
+    generator = torch.Generator().manual_seed(0)
+    offsets = {n: torch.randint(-4, 5, p.shape, generator=generator).float() for n, p in model.named_parameters()}
+    anchors = {n: p.detach() + offsets[n] for n, p in model.named_parameters()}
+    wrapped, group = shard(model, kind)
+    clean = {n.replace("_fsdp_wrapped_module.", "").removeprefix("module."): p for n, p in wrapped.named_parameters()}
+    optimizer = DiGraP(clean.items(), lr=0.0, anchor=anchors, process_group=group)
+    wrapped(targets(0, dist.get_rank())).backward()
+    optimizer.step()
+    for name, stats in optimizer.layer_stats().items():
+        assert stats.drift == pytest.approx(offsets[name].norm().item(), rel=1e-5), name
+        assert stats.relative_drift == pytest.approx((offsets[name].norm() / anchors[name].norm()).item(), rel=1e-5)
+    for name, p in clean.items():
+        if isinstance(p, DTensor) and p.requires_grad:
+            assert torch.equal(optimizer.state[p]["anchor"].full_tensor().float(), anchors[name]), name
+
+
+@pytest.mark.parametrize(("kind", "world"), [("fsdp2", 4), ("columns", 4), ("hsdp", 4), ("ddp", 2), ("fsdp1", 4)])
+def test_anchors_from_a_mapping(dist_pool, kind, world):
+    dist_pool(world).run(mapped, kind)
+
+
+def some_ranks_without_gradient() -> dict:
+    """FSDP1 leaves ``grad = None`` on a rank without a piece; a layer moves if any rank has a gradient for it."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = DiGraP(layer.named_parameters(), lr=1e-2)
+    for _ in range(3):
+        layer.weight.grad = torch.ones(2, 3) if dist.get_rank() == 0 else None
+        layer.bias.grad = None
+        optimizer.step()
+    return {
+        "steps": [float(optimizer.state[p]["step"]) for p in (layer.weight, layer.bias)],
+        "packed": optimizer._packed.numpy().copy(),
+        "norm": optimizer.layer_stats()["weight"].grad_norm,
+    }
+
+
+def test_layers_live_by_agreement(dist_pool):
+    results = dist_pool(2).run(some_ranks_without_gradient)
+    for result in results:
+        assert result["steps"] == [3.0, 0.0]
+        assert np.array_equal(result["packed"], results[0]["packed"])
+        assert result["norm"] == pytest.approx(math.sqrt(3))

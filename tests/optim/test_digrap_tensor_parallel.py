@@ -164,6 +164,11 @@ def strided_sums() -> None:
     for name, stats in optimizer.layer_stats().items():
         assert stats.grad_norm == pytest.approx(whole[name].norm().item(), rel=1e-6), name
         assert stats.cosine == pytest.approx(1.0, rel=1e-6) or not whole[name].any(), name
+    mapping = {name: value + torch.arange(float(value.numel())).view_as(value) for name, value in whole.items()}
+    mapped = DiGraP(model.named_parameters(), lr=0.0, anchor=mapping)
+    mapped.init_state()
+    for name, p in model.named_parameters():
+        assert torch.equal(mapped.state[p]["anchor"].full_tensor().float(), mapping[name]), name
 
 
 def test_strided_shards_are_counted_once(dist_pool):
