@@ -1,0 +1,72 @@
+"""Every file under configs/: it loads, and with a tiny model of its family and real shards it trains."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from scale_digrap.config import load_config, validate_for_training
+from scale_digrap.training import train
+from tests.models import tiny
+from tests.models.conftest import checkpoint  # noqa: F401
+
+FOLDER = Path(__file__).parent.parent / "configs"
+FAMILY = {
+    "quickstart": "paligemma",
+    "paligemma_vqav2_lora": "paligemma",
+    "paligemma_vqav2_full": "paligemma",
+    "llava_vqav2_lora": "llava",
+    "qwen2_5_vl_vqav2_lora": "qwen2_5_vl",
+}
+
+
+def test_all_are_covered():
+    assert sorted(FAMILY) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_configuration_trains_a_tiny_model_of_its_family(name, checkpoint, shards, tmp_path):  # noqa: F811
+    path = FOLDER / f"{name}.yaml"
+    validate_for_training(load_config(path))
+    config = load_config(
+        path,
+        [
+            f"model.path={checkpoint(FAMILY[name])}",
+            f"data.train=[{shards}]",
+            f"run_dir={tmp_path}",
+            "data.workers=0",
+            "training.steps=3",
+            "training.epochs=null",
+            "training.batch_size=4",
+            "schedule.warmup_steps=1",
+            "log.every=1",
+            "log.layers_every=1",
+        ],
+    )
+    result = train(config)
+    assert [line["step"] for line in result.history] == [1, 2, 3]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in result.history)
+    assert result.history[-1]["omega_mean"] is not None
+    assert bool(result.loaded.adapters) == config.lora.enabled == ("lora" in name)
+    assert (tmp_path / "final").exists() == config.checkpoint.save_final
+
+
+def test_known_settings_of_the_papers_run():
+    config = load_config(FOLDER / "paligemma_vqav2_lora.yaml")
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (8, 16, 0.05)
+    assert (config.optimizer.lr, config.optimizer.omega_lr, config.optimizer.weight_decay) == (1e-3, 0.5, 0)
+    assert (config.schedule.warmup_steps, config.schedule.min_lr_ratio) == (1000, 0.1)
+    assert config.training.batch_size * config.training.gradient_accumulation * 8 == 256
+    assert config.training.epochs == 10
+    assert not any("val" in pattern for pattern in config.data.train)
+
+
+def test_quickstart_file_is_what_the_quickstart_runs():
+    from scale_digrap.quickstart.pipeline import training_config
+
+    assert load_config(FOLDER / "quickstart.yaml") == training_config("full-digrap")
