@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
-from scale_digrap.sharding.layout import Placement, RowRun
+from scale_digrap.sharding.placement import Placement, RowRun
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scale_digrap.sharding.layout import Placement, RowRun
+from scale_digrap.sharding.placement import Placement, RowRun
 
 
 def placements(params: Sequence[Tensor]) -> dict[int, Placement]:

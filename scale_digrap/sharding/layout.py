@@ -15,44 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RowRun:
-    """Consecutive rows, or one part of a row, of a layer in the local tensor.
-
-    A row is ``tensor.view(shape[0], -1)[r]`` of the unsharded layer.
-
-    Attributes:
-        start: offset of the run in the flattened local tensor, in elements.
-        rows: number of rows in the run.
-        cols: elements of each row that are on this rank.
-        row_ids: int64 ``[rows]``, the rows' numbers in the unsharded layer, where the rows are completed by other
-            ranks; ``None`` where every row of the run lies whole on this rank.
-    """
-
-    start: int
-    rows: int
-    cols: int
-    row_ids: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one tensor that the optimizer sees is, in terms of its layer.
-
-    Attributes:
-        shape: shape of the unsharded layer.
-        shards: into how many distinct shards the layer is cut; a rank group of size ``world`` then holds
-            ``world / shards`` copies of each.
-        runs: the local rows; empty for an empty shard.
-        offset: where the local tensor is a 1-D slice of the flattened layer, the place of its first element in the
-            layer; ``None`` where it is an N-D block.
-    """
-
-    shape: torch.Size
-    shards: int
-    runs: tuple[RowRun, ...]
-    offset: int | None = None
+from scale_digrap.sharding import dtensor, fsdp1
+from scale_digrap.sharding.placement import Placement, RowRun
 
 
 @dataclass(frozen=True)
@@ -152,8 +116,6 @@ class ShardLayout:
     @staticmethod
     def local(tensor: Tensor) -> Tensor:
         """The local elements of a parameter or of a state tensor made like it, sharing storage; under ``no_grad``."""
-        from scale_digrap.sharding import dtensor
-
         return dtensor.local(tensor)
 
     @staticmethod
@@ -163,8 +125,6 @@ class ShardLayout:
         Raises:
             RuntimeError: the gradient is sparse.
         """
-        from scale_digrap.sharding import dtensor
-
         return dtensor.local_grad(param)
 
     @property
@@ -187,8 +147,6 @@ class ShardLayout:
             param: its parameter on this rank.
             full: a tensor of the unsharded layer's shape, or a DTensor of it.
         """
-        from scale_digrap.sharding import dtensor
-
         offset = self.placements[index].offset
         if offset is None:
             return dtensor.shard_like(param, full)
@@ -237,8 +195,6 @@ def layout_for(
         ValueError: the parameters live on devices of several types, or ranks of ``process_group`` disagree on the
             layers.
     """
-    from scale_digrap.sharding import dtensor, fsdp1
-
     devices = {dtensor.comm_device(param) for param in params}
     if len(devices) > 1:
         raise ValueError(f"parameters on several devices: {sorted(map(str, devices))}; use one optimizer per device")
