@@ -335,7 +335,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     if path is not None:
         merged = _read_yaml(Path(path))
     for item in overrides:
@@ -496,8 +496,8 @@ def _check_keys(values: Any, schema: type, prefix: tuple[str, ...]) -> None:
         path = (*prefix, str(key))
         if key not in hints:
             raise ConfigError(f"unknown key {'.'.join(path)!r}{_suggest_key(str(key), schema, prefix)}")
-        kind = hints[key]
-        if dataclasses.is_dataclass(kind):
+        kind: Any = hints[key]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             _check_keys(value, kind, path)
         elif get_origin(kind) is dict and isinstance(value, dict):
             item = get_args(kind)[1]
@@ -522,10 +522,11 @@ def _names(schema: type) -> list[str]:
 
 def _all_paths(schema: type, prefix: str = "") -> list[str]:
     paths = []
+    kind: Any
     for name, kind in get_type_hints(schema).items():
         paths.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            paths += _all_paths(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            paths += _all_paths(kind, f"{prefix}{name}.")
     return paths
 
 

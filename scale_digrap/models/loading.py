@@ -158,11 +158,12 @@ def _from_pretrained(
         kwargs["attn_implementation"] = config.attention
     try:
         with quiet():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path, revision=config.revision, dtype=dtype, output_loading_info=True, **kwargs
             )
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot load a model from {path!r}: {_short(error)}") from error
+    model, info = loaded
     if info.get("mismatched_keys"):
         name = sorted(info["mismatched_keys"], key=str)[0]
         raise ModelLoadError(f"{path!r}: {len(info['mismatched_keys'])} weights have another shape, first {name}")

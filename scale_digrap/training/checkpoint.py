@@ -160,9 +160,10 @@ def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str 
         engine: rank 0 writes.
         dtype: of a full model; adapters are written as they are, in fp32.
     """
-    is_adapter = hasattr(loaded.model, "peft_config")
+    model: Any = loaded.model
+    is_adapter = hasattr(model, "peft_config")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
-    state = get_model_state_dict(loaded.model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     if engine.rank == 0:
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,10 +171,10 @@ def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str 
             target = getattr(torch, dtype)
             state = {name: value.to(target) if value.is_floating_point() else value for name, value in state.items()}
             with quiet():
-                _twin(loaded.model).save_pretrained(partial, state_dict=state)
+                _twin(model).save_pretrained(partial, state_dict=state)
         else:
-            loaded.model.peft_config["default"].base_model_name_or_path = loaded.path  # type: ignore[index]
-            loaded.model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
+            model.peft_config["default"].base_model_name_or_path = loaded.path
+            model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
         loaded.processor.save_pretrained(partial)
         template = {"prompt_template": loaded.collator.template.to_dict(), "base": loaded.path}
         (partial / "scale_digrap.json").write_text(json.dumps(template, indent=2) + "\n", encoding="utf-8")

@@ -193,7 +193,7 @@ class FsdpEngine:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
 
-def _units(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
+def _units(model: Any, wrap: Sequence[str]) -> list[nn.Module]:
     """The modules that become FSDP units of their own, children before parents."""
     if wrap:
         names = [name for name, _ in model.named_modules() if name]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from scale_digrap.config import Config, save_config, validate_for_training
@@ -225,21 +226,22 @@ class _Run:
     def _update(self, number: int) -> float:
         """Clip, step, zero; returns the gradient norm before clipping."""
         clip = self.config.training.clip_norm
+        optimizer: Any = self.optimizer
         self.engine.finish_gradients(self.parameters)
-        if clip is None and hasattr(self.optimizer, "grad_norm"):
+        if clip is None and hasattr(optimizer, "grad_norm"):
             # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
-            before = self.optimizer.skipped_steps
-            self.optimizer.step()
-            skipped = self.optimizer.skipped_steps > before
-            grad_norm = math.nan if skipped else self.optimizer.grad_norm()
+            before = optimizer.skipped_steps
+            optimizer.step()
+            skipped = optimizer.skipped_steps > before
+            grad_norm = math.nan if skipped else optimizer.grad_norm()
         else:
             grad_norm = self.engine.grad_norm(self.parameters)
             skipped = not math.isfinite(grad_norm)
             if not skipped:
                 if clip is not None and grad_norm > clip:
                     self.engine.scale_gradients(self.parameters, clip / (grad_norm + 1e-6))
-                self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         self.stepped = self.stepped or not skipped
         self._count_skipped(number, skipped)
         return grad_norm
@@ -278,7 +280,7 @@ class _Run:
     def finish(self) -> None:
         """Bring the parameters back to their shards: whoever reads the model next must see the last update."""
         for module in self.model.modules():
-            if hasattr(module, "reshard"):
+            if isinstance(module, FSDPModule):
                 module.reshard()
 
 

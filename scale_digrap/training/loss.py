@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -42,5 +43,7 @@ def first_answer_position(labels: torch.Tensor) -> int:
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # peft's wrapper takes anything and hands it on
+        base = base.get_base_model()
     return "logits_to_keep" in inspect.signature(base.forward).parameters
