@@ -88,9 +88,9 @@ class _Block:
             return self
         return _Block.make(self.group, self.anchored, self.by_rows, pieces, self.owner.device)
 
-    def matrix(self, tensors: list[Any]) -> Tensor:
+    def matrix(self, role: str, tensors: list[Any], workspace: F.Workspace) -> Tensor:
         """``[rows, cols]`` out of one local tensor per layer."""
-        return F.gather([piece.of(tensors[piece.index]) for piece in self.pieces])
+        return workspace.gather(role, [piece.of(tensors[piece.index]) for piece in self.pieces])
 
 
 class DiGraP(AnchoredOptimizer):
@@ -222,6 +222,7 @@ class DiGraP(AnchoredOptimizer):
             device
         )
         self._slot_layer = layout.slot_layer.to(device)
+        self._workspace = F.Workspace(device)
         self._blocks = self._make_blocks(device)
         # Constant, and sent with every step's sums: ‖θ0‖ then needs no collective of its own.
         self._anchor_sums = torch.zeros(len(self._params), dtype=torch.float64, device=device)
@@ -322,23 +323,26 @@ class DiGraP(AnchoredOptimizer):
         row_sums = torch.zeros((3, layout.n_slots), dtype=torch.float64, device=device)
         sums[ANCHOR] = self._anchor_sums
         sums[HAS_GRAD] = torch.tensor([grad is not None for grad in grads], dtype=torch.float64).to(device)
+        space = self._workspace
         for block, (step, lr, decay) in self._batches(grads):
-            g = block.matrix(grads)
+            g = block.matrix("g", grads, space)
             grad_sq = F.row_squares(g)
             sums[GRAD].index_add_(0, block.owner, grad_sq)
             if not block.anchored:
                 continue
-            p = block.matrix(params)
-            a = None if self._anchors[block.pieces[0].index] is None else block.matrix(self._anchors)
-            drift = F.drift(p, a)
-            sums[DOT].index_add_(0, block.owner, F.row_dots(g, drift))
+            p = block.matrix("p", params, space)
+            a = self._anchor_matrix(block)
+            work = space.take("work", *p.shape, p.dtype)
+            drift = F.drift(p, a, space.take("drift", *p.shape, p.dtype))
+            sums[DOT].index_add_(0, block.owner, F.row_dots(g, drift, work))
             sums[DRIFT].index_add_(0, block.owner, F.row_squares(drift))
             if step == 0:
                 continue
-            m, v = block.matrix(self._exp_avgs), block.matrix(self._exp_avg_sqs)
+            m, v = block.matrix("m", self._exp_avgs, space), block.matrix("v", self._exp_avg_sqs, space)
             group = self.param_groups[block.group]
-            previous = F.previous_drift(p, drift, a, m, v, step, lr, decay, group["betas"], group["eps"])
-            dot, previous_sq = F.row_dots(g, previous), F.row_squares(previous)
+            previous = F.previous_drift(p, drift, a, m, v, step, lr, decay, group["betas"], group["eps"], work)
+            previous_sq = F.row_squares(previous)
+            dot = F.row_dots(g, previous, previous)
             if block.slots is not None:
                 row_sums.index_add_(1, block.slots, torch.stack([dot, grad_sq, previous_sq]))
             elif block.by_rows:
@@ -347,6 +351,11 @@ class DiGraP(AnchoredOptimizer):
                 sums[DIRECTION].index_add_(0, block.owner, dot)
                 sums[PREVIOUS].index_add_(0, block.owner, previous_sq)
         return sums, row_sums
+
+    def _anchor_matrix(self, block: _Block) -> Tensor | None:
+        """θ0 of a block; ``None`` where it is zero."""
+        stored = self._anchors[block.pieces[0].index] is not None
+        return block.matrix("a", self._anchors, self._workspace) if stored else None
 
     def _batches(self, grads: list[Tensor | None]) -> Iterator[tuple[_Block, tuple[int, float, float]]]:
         """Blocks of the layers with a gradient here, with the steps taken, α and λ that their last step used."""
@@ -436,9 +445,10 @@ class DiGraP(AnchoredOptimizer):
             if not pieces:
                 continue
             block = whole.only(pieces)
-            anchors = None if self._anchors[pieces[0].index] is None else block.matrix(self._anchors)
-            drift = F.drift(block.matrix(params), anchors)
-            projected = F.projected_gradient(block.matrix(grads), drift, scale[block.owner])
+            gathered, space = block.matrix("p", params, self._workspace), self._workspace
+            drift = F.drift(gathered, self._anchor_matrix(block), space.take("drift", *gathered.shape, gathered.dtype))
+            work = space.take("work", *gathered.shape, gathered.dtype)
+            projected = F.projected_gradient(block.matrix("g", grads, space), drift, scale[block.owner], work)
             parts = list(projected.split([piece.rows for piece in pieces]))
             targets = []
             for k, piece in enumerate(pieces):
