@@ -7,6 +7,7 @@ line on stderr and exit status 2; anything else is a bug and keeps its traceback
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -100,6 +101,9 @@ def _train(arguments: argparse.Namespace) -> int:
             print(config_to_yaml(config), end="")
         return 0
     validate_for_training(config)
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "torch", "deepspeed", "DeepSpeed", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     from scale_digrap.training.run import run
 
     run(config)

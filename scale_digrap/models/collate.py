@@ -7,6 +7,7 @@ and appended, so that a training prefix is token by token what the model sees be
 from __future__ import annotations
 
 import io
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from PIL import Image
 
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.errors import ScaleDigrapError
+
+log = logging.getLogger(__name__)
 
 IGNORE = -100
 """Label of a token that the loss does not count."""
@@ -156,6 +159,12 @@ class VqaCollator:
                 f"{self.max_length} even without its question: raise model.max_length"
             )
         self.truncated += 1
+        if self.truncated == 1:  # loader processes count for themselves, so the first one of each is told at once
+            log.warning(
+                "sample %r: its question was cut to fit model.max_length=%d; this is said once, summary.json counts",
+                sample.key,
+                self.max_length,
+            )
         return row
 
     def _tokenise(

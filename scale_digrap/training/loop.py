@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from scale_digrap.training.metrics import Metrics, memory_mb, read_log
 from scale_digrap.training.optimizer import build_optimizer, capture_anchors, digrap_anchors, digrap_summary
 from scale_digrap.training.schedule import build_schedule
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainResult:
@@ -37,7 +41,7 @@ class TrainResult:
         loaded: model, processor and the names of adapters and new layers.
         engine: ranks and device.
         run_dir: logs, configuration, checkpoints, ``final``.
-        history: the records of ``log.jsonl``, on every rank.
+        history: the records of ``log.jsonl``, on every rank (after a resume: on every rank that sees ``run_dir``).
         anchored: pre-trained values by parameter name, sharded like the parameters; without adapters and new layers.
             Empty for AdamW unless ``training.keep_anchors``.
         steps: optimizer steps of the whole run, resumed ones included.
@@ -73,7 +77,11 @@ def train(config: Config) -> TrainResult:
     if engine.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-    torch.use_deterministic_algorithms(config.training.deterministic)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if config.data.workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of a worker
 
     loaded = engine.load(config)
     model = loaded.model
@@ -104,6 +112,7 @@ def train(config: Config) -> TrainResult:
         state = checkpoint.load(found, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
         start = state.step
         anchored = digrap_anchors(optimizer) or anchored
+    _announce(config, engine, loaded, loader, start, total_steps, found)
 
     result = TrainResult(
         model=model,
@@ -136,7 +145,8 @@ def train(config: Config) -> TrainResult:
                 )
         run.finish()
     result.seconds = time.perf_counter() - began
-    if start and engine.rank == 0:
+    engine.barrier()
+    if start and (run_dir / "log.jsonl").is_file():
         result.history = read_log(run_dir / "log.jsonl")
     if config.checkpoint.save_final:
         checkpoint.save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
@@ -156,6 +166,36 @@ def count_steps(config: Config, loader: TrainLoader) -> int:
             f"training.epochs={config.training.epochs:g} takes: warm up for less"
         )
     return steps
+
+
+def _announce(
+    config: Config,
+    engine: Engine,
+    loaded: LoadedModel,
+    loader: TrainLoader,
+    start: int,
+    total_steps: int,
+    resumed_from: Path | None,
+) -> None:
+    if engine.rank != 0:
+        return
+    trained = sum(parameter.numel() for parameter in loaded.trained().values())
+    total = sum(parameter.numel() for parameter in loaded.model.parameters())
+    accumulation = config.training.gradient_accumulation
+    log.info(
+        "%s: %s of %s parameters trained with %s on %d rank(s), %s; %d samples, global batch %d, %d steps",
+        config.model.path,
+        f"{trained:,}",
+        f"{total:,}",
+        config.optimizer.name,
+        engine.world_size,
+        engine.device.type,
+        len(loader.dataset),
+        loader.global_batch_size * accumulation,
+        total_steps,
+    )
+    if resumed_from is not None:
+        log.info("going on after step %d, from %s (checkpoint.resume=never starts afresh)", start, resumed_from)
 
 
 class _Run:
@@ -209,10 +249,10 @@ class _Run:
         self.tokens += tokens
         self.samples += samples
         grad_norm = self._update(number)
-        log = self.config.log
-        if number % log.every == 0:
+        logs = self.config.log
+        if number % logs.every == 0:
             self._log(number, grad_norm)
-        if self.stepped and log.layers_every and number % log.layers_every == 0:
+        if self.stepped and logs.layers_every and number % logs.layers_every == 0:
             layer_stats = getattr(self.optimizer, "layer_stats", None)
             if layer_stats is not None:
                 self.metrics.write_layers(number, layer_stats())

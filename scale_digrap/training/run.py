@@ -42,7 +42,7 @@ def summarize(result: TrainResult) -> dict[str, Any]:
         "ranks": result.engine.world_size,
         "optimizer": type(result.optimizer).__name__,
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
-        "anchored_layers": len(result.anchored),
+        "stored_anchors": len(result.anchored),
         "skipped_steps": result.skipped_steps,
         "truncated_questions": result.collator.truncated,
         "run_dir": str(result.run_dir),

@@ -64,6 +64,7 @@ def test_two_ranks_are_one_process(dist_pool, checkpoint, shards, tmp_path, fami
         {"model": {"new_layers": ["multi_modal_projector"]}, "optimizer": {"name": "digrap"}},
         {"optimizer": {"name": "digrap"}},
         {"optimizer": {"name": "digrap"}, "lora": LORA},
+        {"lora": {**LORA, "train": ["multi_modal_projector.linear$"]}},
     ],
     ids=lambda sections: "-".join(f"{k}.{n}" for k, section in sections.items() for n in section),
 )

@@ -211,6 +211,12 @@ def test_batches_without_images_train_in_one_process(checkpoint, mixed_shards, t
     assert all(math.isfinite(loss) for loss in ran["loss"])
 
 
+def test_loader_processes_change_nothing(checkpoint, shards, tmp_path):
+    here = runs.run(checkpoint("llava"), shards, tmp_path / "a")
+    there = runs.run(checkpoint("llava"), shards, tmp_path / "b", data={"workers": 2})
+    assert there["loss"] == here["loss"]
+
+
 def test_epochs_are_counted_in_whole_steps(checkpoint, shards, tmp_path):
     training = {"steps": None, "epochs": 0.4, "batch_size": 8}
     assert len(ShardDataset(shards)) == 48
@@ -247,7 +253,7 @@ def test_final_model_loads_back_equal(checkpoint, shards, tmp_path):
 
 
 def test_final_adapter_loads_back_equal_and_trains_on(checkpoint, shards, tmp_path):
-    lora = {"enabled": True, "rank": 2}
+    lora = {"enabled": True, "rank": 2, "train": ["multi_modal_projector.linear_1$"]}
     ran = runs.run(checkpoint("llava"), shards, tmp_path / "a", lora=lora, checkpoint={"save_final": True})
     final = tmp_path / "a" / "final"
     assert "model.safetensors" not in runs.read_dir(final)
