@@ -130,6 +130,7 @@ def save(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor
     folder.mkdir(parents=True, exist_ok=True)
     round_to_bf16(model)
     state: dict[str, Any] = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied to the embedding: loading ties them again
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     for path in folder.iterdir():
