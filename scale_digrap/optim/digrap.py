@@ -90,7 +90,7 @@ class _Block:
 
     def matrix(self, role: str, tensors: list[Any], workspace: F.Workspace) -> Tensor:
         """``[rows, cols]`` out of one local tensor per layer."""
-        return workspace.gather(role, [piece.of(tensors[piece.index]) for piece in self.pieces])
+        return workspace.gather(role, [piece.of(tensors[piece.index]) for piece in self.pieces], self.owner.numel())
 
 
 class DiGraP(AnchoredOptimizer):

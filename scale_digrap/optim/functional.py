@@ -37,12 +37,11 @@ class Workspace:
             buffer = self._buffers[role, dtype] = torch.empty(rows * cols, dtype=dtype)
         return buffer[: rows * cols].view(rows, cols)
 
-    def gather(self, role: str, pieces: Sequence[Tensor]) -> Tensor:
-        """``[Σ rows, cols]``: pieces of equal ``cols`` as one matrix; a single piece is not copied."""
+    def gather(self, role: str, pieces: Sequence[Tensor], rows: int) -> Tensor:
+        """``[rows, cols]``: pieces of equal ``cols`` as one matrix; a single piece is not copied."""
         if len(pieces) == 1:
             return pieces[0]
-        rows, cols = sum(len(piece) for piece in pieces), pieces[0].shape[1]
-        return torch.cat(list(pieces), out=self.take(role, rows, cols, pieces[0].dtype))
+        return torch.cat(list(pieces), out=self.take(role, rows, pieces[0].shape[1], pieces[0].dtype))
 
 
 def drift(params: Tensor, anchors: Tensor | None, out: Tensor) -> Tensor:
