@@ -32,6 +32,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from scale_digrap.data.sample import VqaSample
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.collate import PromptTemplate, VqaCollator
 from scale_digrap.quickstart import easyvqa, tiny_vlm
 from scale_digrap.quickstart.data import easy_samples, scene_samples
@@ -239,6 +240,10 @@ def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
     return rise * 0.5 * (1.0 + math.cos(math.pi * fall))
 
 
+class PretrainingError(ScaleDigrapError):
+    """Pre-training cannot run here."""
+
+
 StepFunction = Callable[[np.random.Generator], tuple[torch.Tensor, dict[str, float]]]
 """One step's loss, and figures to print."""
 
@@ -247,6 +252,10 @@ class Pretraining:
     """The recipe as it runs: holds the model, the throw-away heads and the stream of scenes."""
 
     def __init__(self, recipe: Recipe, *, console: Console, checkpoint: Path | None = None) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise PretrainingError(
+                f"pre-training uses torch.optim.Muon, from torch 2.9 on; this is {torch.__version__}"
+            )
         self.recipe, self.console, self.checkpoint = recipe, console, checkpoint
         self.processor = tiny_vlm.build_processor()
         self.model = tiny_vlm.build_model(self.processor, seed=recipe.seed)
