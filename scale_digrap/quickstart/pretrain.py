@@ -254,7 +254,7 @@ class Pretraining:
     def __init__(self, recipe: Recipe, *, console: Console, checkpoint: Path | None = None) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise PretrainingError(
-                f"pre-training uses torch.optim.Muon, from torch 2.9 on; this is {torch.__version__}"
+                f"pre-training needs torch 2.9 or newer (torch.optim.Muon), this is {torch.__version__}"
             )
         self.recipe, self.console, self.checkpoint = recipe, console, checkpoint
         self.processor = tiny_vlm.build_processor()
