@@ -80,6 +80,7 @@ def accuracy(comparison: Comparison) -> Figure:
         axes = np.atleast_1d(figure.subplots(len(panels), 1))
         for axis, (title, members) in zip(axes, panels, strict=True):
             width = 0.84 / len(comparison.methods)
+            crowded = len(members) * len(comparison.methods) > 40
             for index, method in enumerate(comparison.methods):
                 offset = (index - (len(comparison.methods) - 1) / 2) * width
                 for place, column in enumerate(members):
@@ -102,14 +103,21 @@ def accuracy(comparison: Comparison) -> Figure:
                         yerr=error,
                         error_kw={"elinewidth": 0.9, "ecolor": "#222222", "capsize": 1.5},
                     )
-                    top = height + error[1][0] + 1
+                    top = height + error[1][0] + 1.5
                     axis.text(
-                        place + offset, top, f"{height:.0f}", ha="center", va="bottom", fontsize=6.5, color="#333333"
+                        place + offset,
+                        top,
+                        f"{height:.0f}",
+                        ha="center",
+                        va="bottom",
+                        rotation=90 if crowded else 0,
+                        fontsize=6.5,
+                        color="#333333",
                     )
             axis.set_xticks(range(len(members)), [_bar_label(comparison, column) for column in members])
             axis.tick_params(axis="x", length=0)
             axis.set_xlim(-0.55, len(members) - 0.45)
-            axis.set_ylim(0, 108)
+            axis.set_ylim(0, 112)
             axis.set_yticks(range(0, 101, 20))
             axis.grid(axis="y")
             axis.set_ylabel("VQA score (%)")

@@ -152,7 +152,12 @@ def differences(comparison: Comparison) -> tuple[list[Column], list[tuple[str, l
             mean, half = difference
             sign = 0 if abs(mean) <= half else (1 if mean > 0 else -1)
             cells.append(Difference(f"{signed_percent(mean)} ± {percent(half)}", sign))
-        rows.append((f"{method.label} − {labels[method.baseline]}", cells))
+        if method.variant_of == method.baseline:  # "AdamW: + WiSE-FT" in place of "AdamW + WiSE-FT − AdamW"
+            base = labels[method.baseline]
+            label = f"{base}: {method.label.removeprefix(base).strip()}"
+        else:
+            label = f"{method.label} − {labels[method.baseline]}"
+        rows.append((label, cells))
     return shown, rows
 
 

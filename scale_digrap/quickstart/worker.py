@@ -152,8 +152,8 @@ class Worker:
         scores = {name: result.accuracy for name, result in results.items()}
         shown = {"ID": scores["id"], **{name: averages(scores, self.suites)[name] for name in ("near", "far")}}
         figures = "  ".join(f"{name} {100 * score:.1f}" for name, score in shown.items() if score is not None)
-        times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        self.console.print(f"[bold]{what}[/]: {figures}  [dim]({times})[/]")
+        times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+        self.console.print(f"[bold]{what}[/]: {figures}  [dim]{times}[/]", soft_wrap=True)
 
 
 def _summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
