@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-fast lint format types benchmark clean
+.PHONY: quickstart test test-fast lint format benchmark clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/scale-digrap quickstart $(ARGS)
@@ -25,13 +25,11 @@ test-fast: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-types: $(INSTALLED)
-	$(BIN)/mypy
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/optimizer_step.py $(ARGS)

@@ -332,8 +332,8 @@ class DiGraP(AnchoredOptimizer):
                 continue
             p = block.matrix("p", params, space)
             a = self._anchor_matrix(block)
-            work = space.take("work", *p.shape, p.dtype)
-            drift = F.drift(p, a, space.take("drift", *p.shape, p.dtype))
+            work = space.take("work", p.shape, p.dtype)
+            drift = F.drift(p, a, space.take("drift", p.shape, p.dtype))
             sums[DOT].index_add_(0, block.owner, F.row_dots(g, drift, work))
             sums[DRIFT].index_add_(0, block.owner, F.row_squares(drift))
             if step == 0:
@@ -446,8 +446,8 @@ class DiGraP(AnchoredOptimizer):
                 continue
             block = whole.only(pieces)
             gathered, space = block.matrix("p", params, self._workspace), self._workspace
-            drift = F.drift(gathered, self._anchor_matrix(block), space.take("drift", *gathered.shape, gathered.dtype))
-            work = space.take("work", *gathered.shape, gathered.dtype)
+            drift = F.drift(gathered, self._anchor_matrix(block), space.take("drift", gathered.shape, gathered.dtype))
+            work = space.take("work", gathered.shape, gathered.dtype)
             projected = F.projected_gradient(block.matrix("g", grads, space), drift, scale[block.owner], work)
             parts = list(projected.split([piece.rows for piece in pieces]))
             targets = []

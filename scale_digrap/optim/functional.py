@@ -28,8 +28,9 @@ class Workspace:
         self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, role: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    def take(self, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized ``[rows, cols]``, valid until the next call for the same role and dtype."""
+        rows, cols = shape
         if self.device.type != "cpu":
             return torch.empty((rows, cols), dtype=dtype, device=self.device)
         buffer = self._buffers.get((role, dtype))
@@ -41,7 +42,7 @@ class Workspace:
         """``[rows, cols]``: pieces of equal ``cols`` as one matrix; a single piece is not copied."""
         if len(pieces) == 1:
             return pieces[0]
-        return torch.cat(list(pieces), out=self.take(role, rows, pieces[0].shape[1], pieces[0].dtype))
+        return torch.cat(list(pieces), out=self.take(role, (rows, pieces[0].shape[1]), pieces[0].dtype))
 
 
 def drift(params: Tensor, anchors: Tensor | None, out: Tensor) -> Tensor:

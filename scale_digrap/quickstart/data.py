@@ -42,7 +42,7 @@ from scale_digrap.quickstart.scenes import ask, draw_scene, render
 SUITE_NAMES = ("id", "vision", "question", "answer", "multimodal", "far")
 VALIDATION_NAMES = ("id", "scenes")
 _SETTINGS = "settings.json"
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the same settings would give other samples, so that old folders are rebuilt."""
 
 _STREAM_NAMES = ("split", "train", "choose", "vision", "words", "far", "scenes", "held-out")

@@ -50,10 +50,10 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
-    vision_steps: int = 1900
+    vision_steps: int = 1100
     vision_batch: int = 256
     vision_lr: float = 1e-2
-    question_steps: int = 1400
+    question_steps: int = 1000
     question_batch: int = 96
     questions_per_picture: int = 4
     question_lr: float = 5e-3

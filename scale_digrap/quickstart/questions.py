@@ -19,6 +19,9 @@ EASY_SHAPES = ("circle", "rectangle", "triangle")
 SHAPES = (*EASY_SHAPES, "star", "cross", "ring")
 EASY_COLOURS = ("gray", "red", "green", "blue", "yellow", "teal", "brown", "black")
 COLOURS = (*EASY_COLOURS, "purple", "pink")
+NEW_COLOURS = ("teal", "brown")
+"""Colours of easy-VQA that pre-training neither shows nor names: what fine-tuning has to teach."""
+KNOWN_COLOURS = tuple(colour for colour in COLOURS if colour not in NEW_COLOURS)
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 COUNTS = ("0", "1", "2", "3")
 ANSWERS = ("yes", "no", *SHAPES, *COLOURS, *COUNTS, "left", "right", "top", "bottom")

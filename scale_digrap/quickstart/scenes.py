@@ -1,8 +1,9 @@
 """Generated pictures of coloured shapes with questions: what the tiny base model is pre-trained on.
 
-A superset of easy-VQA's distribution: one to three shapes out of six in ten colours (easy-VQA: one out of three in
-eight), rotated or upright, on light, mid, dark, gradient and noisy backgrounds (easy-VQA: plain light ones), asked
-about in more phrasings and about more than easy-VQA asks: how many there are, and where.
+Wider than easy-VQA's distribution in all but one respect: one to three shapes out of six (easy-VQA: one out of three),
+rotated or upright, on light, mid, dark, gradient and noisy backgrounds (easy-VQA: plain light ones), asked about in
+more phrasings and about more than easy-VQA asks: how many there are, and where. Two of easy-VQA's eight colours are
+never shown or named, so that fine-tuning has something to teach.
 
 A scene is drawn in two steps so that tests and labels need no pixels: `draw_scene` decides what is in it, `render`
 paints it. Both take all their randomness from one `numpy` generator.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scale_digrap.quickstart.questions import COLOURS, EASY, SEEN, SHAPES, TYPE_OF_FAMILY, Subject, phrase
+from scale_digrap.quickstart.questions import EASY, KNOWN_COLOURS, SEEN, SHAPES, TYPE_OF_FAMILY, Subject, phrase
 
 SIZE = 64
 """Side of a picture in pixels; easy-VQA's own."""
@@ -84,7 +85,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     """
     wanted = int(rng.choice(3, p=(0.5, 0.27, 0.23))) + 1
     shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=wanted)]
-    colours = [COLOURS[i] for i in rng.integers(len(COLOURS), size=wanted)]
+    colours = [KNOWN_COLOURS[i] for i in rng.integers(len(KNOWN_COLOURS), size=wanted)]
     if wanted > 1 and rng.random() < 0.3:
         shapes[1] = shapes[0]
     if wanted > 1 and rng.random() < 0.3:
@@ -271,7 +272,7 @@ def _solve_yes_no(scene: Scene, family: str, rng: np.random.Generator) -> tuple[
     shown = [item.colour if about_colour else item.shape for item in scene.items]
     # Present and absent subjects alternate, or "no" would be the answer nine times out of ten.
     exists = rng.random() < 0.5
-    everything = COLOURS if about_colour else SHAPES
+    everything = KNOWN_COLOURS if about_colour else SHAPES
     name = _choose(rng, shown) if exists else _choose(rng, [v for v in everything if v not in shown])
     answer = "yes" if exists == family.startswith("has") else "no"
     return (Subject(colour=name) if about_colour else Subject(shape=name)), answer
@@ -294,7 +295,7 @@ def _solve_count(scene: Scene, family: str, rng: np.random.Generator) -> tuple[S
         return Subject(), str(len(scene.items))
     about_colour = family == "count_colour"
     shown = [item.colour if about_colour else item.shape for item in scene.items]
-    name = _choose(rng, shown) if rng.random() < 0.75 else _choose(rng, COLOURS if about_colour else SHAPES)
+    name = _choose(rng, shown) if rng.random() < 0.75 else _choose(rng, KNOWN_COLOURS if about_colour else SHAPES)
     return (Subject(colour=name) if about_colour else Subject(shape=name)), str(shown.count(name))
 
 

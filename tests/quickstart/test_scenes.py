@@ -12,6 +12,8 @@ from scale_digrap.quickstart.questions import (
     ANSWERS,
     COLOURS,
     EASY,
+    KNOWN_COLOURS,
+    NEW_COLOURS,
     NOVEL,
     QUESTION_TYPES,
     SEEN,
@@ -109,6 +111,18 @@ def solve(question: str, items) -> str:
     wanted = "colour" if {"color", "hue"} & set(words) else "shape"
     (value,) = {getattr(item, wanted) for item in about}
     return value
+
+
+def test_two_colours_of_easy_vqa_are_left_for_fine_tuning_to_teach():
+    shown, named = set(), set()
+    for scene, _, _, rng in scenes(600):
+        shown |= {item.colour for item in scene.items}
+        asked = ask(scene, rng)
+        if asked is not None:
+            named |= {word for word in (*split_words(asked.question), asked.answer) if word in COLOURS}
+    assert shown == named == set(KNOWN_COLOURS)
+    assert not set(NEW_COLOURS) & set(KNOWN_COLOURS)
+    assert set(NEW_COLOURS) <= set(vocabulary()), "a colour that fine-tuning teaches needs a token"
 
 
 def test_a_second_solver_agrees_with_every_answer():
