@@ -248,7 +248,8 @@ class DiGraP(AnchoredOptimizer):
             for run in placed.runs:
                 rows, cols = (run.rows, run.cols) if by_rows else (1, run.rows * run.cols)
                 slots = layout.row_slots(index, run, device)
-                for start, height, width in _tiles(rows, cols, limit if local.is_contiguous() else rows * cols):
+                most = limit if local.is_contiguous() else rows * cols
+                for start, height, width in _tiles(rows, cols, most, whole_rows=by_rows and slots is None):
                     part = None if slots is None else slots[start // cols : start // cols + height]
                     piece = _Piece(index, run.start + start, height, width, part)
                     # Rows that straddle ranks have no cosine yet; a piece that is dear to copy gets its own block.
@@ -295,8 +296,12 @@ class DiGraP(AnchoredOptimizer):
             return loss
         params = [layout.local(param) for param in self._params]
         grads = [layout.local_grad(param) for param in self._params]
+        present = [grad is not None for grad in grads]
+        if layout.world_size > 1:
+            # Another rank may have a gradient for its part of a layer: then this part's is zero, and its drift counts.
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
-        sums, row_sums = self._local_sums(params, grads)
+        sums, row_sums = self._local_sums(params, grads, present)
         layout.reduce_(sums, row_sums)
         commit, report = self._layer_math(sums, row_sums)
 
@@ -311,8 +316,10 @@ class DiGraP(AnchoredOptimizer):
         self._update(params, grads, report[0], scales, [flag > 0 for flag in moves])
         return loss
 
-    def _local_sums(self, params: list[Tensor], grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """This rank's part of every layer's sums.
+    def _local_sums(
+        self, params: list[Tensor], grads: list[Tensor | None], present: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's part of every layer's sums; ``present`` tells which gradients autograd has made here.
 
         Returns:
             float64 ``[N_SUMS, n_layers]``, and float64 ``[3, n_slots]`` of <g, δ'>, ‖g‖², ‖δ'‖² of straddling rows.
@@ -322,7 +329,7 @@ class DiGraP(AnchoredOptimizer):
         sums = torch.zeros((N_SUMS, len(params)), dtype=torch.float64, device=device)
         row_sums = torch.zeros((3, layout.n_slots), dtype=torch.float64, device=device)
         sums[ANCHOR] = self._anchor_sums
-        sums[HAS_GRAD] = torch.tensor([grad is not None for grad in grads], dtype=torch.float64).to(device)
+        sums[HAS_GRAD] = torch.tensor(present, dtype=torch.float64).to(device)
         space = self._workspace
         for block, (step, lr, decay) in self._batches(grads):
             g = block.matrix("g", grads, space)
@@ -429,8 +436,6 @@ class DiGraP(AnchoredOptimizer):
                 group = self.param_groups[group_index]
                 self._host_steps[i] += 1
                 self._host_lrs[i], self._host_decays[i] = float(group["lr"]), group["weight_decay"]
-                if grads[i] is None:  # another rank has a gradient for its piece of the layer: here it is zero
-                    grads[i] = torch.zeros_like(params[i])
         for number, dtype in sorted({(g, p.dtype) for g, p in zip(self._group_of, params, strict=True)}, key=str):
             group = self.param_groups[number]
             plain = [
@@ -528,12 +533,14 @@ class DiGraP(AnchoredOptimizer):
         return self._last["sums"]
 
 
-def _tiles(rows: int, cols: int, limit: int) -> Iterator[tuple[int, int, int]]:
+def _tiles(rows: int, cols: int, limit: int, *, whole_rows: bool) -> Iterator[tuple[int, int, int]]:
     """Cut a ``rows × cols`` run into (first element, rows, cols) of at most ``limit`` elements or one row each.
 
-    A single row that stands for a layer without rows may be cut anywhere.
+    Args:
+        whole_rows: a row's cosine is taken of its tile, so that a row must not be cut. Otherwise only sums are, and a
+            single row may be cut anywhere.
     """
-    if rows == 1:
+    if rows == 1 and not whole_rows:
         for start in range(0, cols, limit):
             yield start, 1, min(limit, cols - start)
         return

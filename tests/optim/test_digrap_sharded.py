@@ -92,6 +92,33 @@ def test_anchors_from_a_mapping(dist_pool, kind, world):
     dist_pool(world).run(mapped, kind)
 
 
+def half_without_gradient() -> None:
+    """A shard without a gradient beside one that has it: zero there, and its drift counts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    start = torch.randn(4, 3)
+    sharded = torch.nn.Parameter(distribute_tensor(start, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    alone = torch.nn.Parameter(start.clone())
+    ours = DiGraP([("w", sharded)], lr=1e-2, omega_lr=0.05)
+    theirs = DiGraP([("w", alone)], lr=1e-2, omega_lr=0.05, process_group=dist.new_subgroups(1)[0])
+    for t in range(40):
+        gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(t)) + (-1) ** t
+        if t % 3 == 1:
+            gradient[2:] = 0  # rank 1's half
+        alone.grad = gradient
+        sharded.grad = DTensor.from_local(
+            gradient[:2] if dist.get_rank() == 0 else gradient[2:], sharded.device_mesh, [Shard(0)]
+        )
+        if t % 3 == 1 and dist.get_rank() == 1:
+            sharded.grad = None
+        ours.step()
+        theirs.step()
+    assert torch.allclose(sharded.full_tensor(), alone, rtol=1e-5, atol=1e-6)
+    assert ours.layer_stats()["w"].drift == pytest.approx(theirs.layer_stats()["w"].drift, rel=1e-5)
+
+
 def some_ranks_without_gradient() -> dict:
     """FSDP1 leaves ``grad = None`` on a rank without a piece; a layer moves if any rank has a gradient for it."""
     torch.manual_seed(0)
@@ -109,6 +136,7 @@ def some_ranks_without_gradient() -> dict:
 
 
 def test_layers_live_by_agreement(dist_pool):
+    dist_pool(2).run(half_without_gradient)
     results = dist_pool(2).run(some_ranks_without_gradient)
     for result in results:
         assert result["steps"] == [3.0, 0.0]
