@@ -453,7 +453,8 @@ class DiGraP(AnchoredOptimizer):
             gathered, space = block.matrix("p", params, self._workspace), self._workspace
             drift = F.drift(gathered, self._anchor_matrix(block), space.take("drift", gathered.shape, gathered.dtype))
             work = space.take("work", gathered.shape, gathered.dtype)
-            projected = F.projected_gradient(block.matrix("g", grads, space), drift, scale[block.owner], work)
+            factor = scales[pieces[0].index] if len(pieces) == 1 else scale[block.owner]
+            projected = F.projected_gradient(block.matrix("g", grads, space), drift, factor, work)
             parts = list(projected.split([piece.rows for piece in pieces]))
             targets = []
             for k, piece in enumerate(pieces):

@@ -133,14 +133,16 @@ def next_omega(
     return torch.minimum((omega - omega_lr * update).clamp_min(0), omega_max), exp_avg, exp_avg_sq
 
 
-def projected_gradient(grads: Tensor, drift: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+def projected_gradient(grads: Tensor, drift: Tensor, scale: Tensor | float, out: Tensor) -> Tensor:
     """g' = g − s δ with s = ω c of each row's layer.
 
     Args:
         grads, drift: ``[rows, cols]``.
-        scale: float64 ``[rows]``.
+        scale: float64 ``[rows]``, or one number where all rows are of one layer (a cheaper kernel).
         out: like ``grads``, overwritten and returned.
     """
+    if isinstance(scale, float):
+        return torch.add(grads, drift, alpha=-scale, out=out)
     return torch.addcmul(grads, drift, scale.to(grads.dtype).unsqueeze(1), value=-1, out=out)
 
 
