@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scale_digrap.evaluation.wise import local, local_anchor, reshard
+from scale_digrap.sharding.dtensor import sharded_dims
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ def _full_square_sum(piece: Tensor, parameter: Tensor) -> Tensor:
     """Sum of squares of the whole tensor of which `piece` is this rank's part, float64."""
     square = piece.square().sum()
     if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for dim, placement in enumerate(parameter.placements):
-            if not placement.is_replicate():
-                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+        for dim in sharded_dims(parameter):
+            torch.distributed.all_reduce(square, group=parameter.device_mesh.get_group(dim))
     return square
 
 

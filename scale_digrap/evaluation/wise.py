@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.sharding import dtensor
 
 _LORA_A = ("lora_A", "lora_embedding_A")
 _LORA_B = ("lora_B", "lora_embedding_B")
@@ -38,8 +39,7 @@ def reshard(model: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece: the local tensor of a DTensor, the tensor itself otherwise. Shares storage."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return dtensor.local(tensor.detach())
 
 
 def local_anchor(name: str, parameter: Tensor, anchor: Tensor) -> Tensor:

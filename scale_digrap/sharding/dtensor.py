@@ -51,12 +51,19 @@ def comm_device(param: Tensor) -> torch.device:
     return param.device
 
 
-def _sharded_dims(param: DTensor) -> list[int]:
+def sharded_dims(param: DTensor) -> list[int]:
     """Mesh dimensions over which the parameter is cut.
 
     Not ``placement.is_shard()``: every FSDP2 x TP column-wise weight is a ``_StridedShard``, for which that is False.
     """
     return [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+
+
+def shard_count(tensor: Tensor) -> int:
+    """Into how many distinct shards a tensor is cut: ``world`` ranks hold ``world / shards`` copies of each."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(i) for i in sharded_dims(tensor))
 
 
 def _chunk(values: Tensor, dim: int, chunks: int, which: int) -> Tensor:
@@ -84,7 +91,7 @@ def shard_like(param: Tensor, full: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return full.detach().to(param.device).clone()
     mesh, part = param.device_mesh, full.detach()
-    for i in _sharded_dims(param):
+    for i in sharded_dims(param):
         part = _cut(part, param.placements[i], mesh.size(i), mesh.get_local_rank(i))
     part = part.to(param.to_local().device).clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(part, mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
@@ -101,8 +108,8 @@ def placement(param: Tensor) -> Placement:
     if not isinstance(param, DTensor):
         return Placement(shape, 1, _block(shape, None))
     mesh, here = param.device_mesh, param.to_local()
-    dims = _sharded_dims(param)
-    shards = math.prod(mesh.size(i) for i in dims)
+    dims = sharded_dims(param)
+    shards = shard_count(param)
     if here.numel() == 0:
         return Placement(shape, shards, ())
     row_ids = None

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from scale_digrap.config import Config
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.models.select import match_names
+from scale_digrap.sharding.dtensor import local, shard_count
 from scale_digrap.training.engine import TrainingError
 
 log = logging.getLogger(__name__)
@@ -154,8 +154,8 @@ class FsdpEngine:
         by_copies: dict[float, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
-                copies = _copies(parameter.grad, self.world_size)
-                by_copies.setdefault(copies, []).append(_local(parameter.grad))
+                copies = self.world_size / shard_count(parameter.grad)
+                by_copies.setdefault(copies, []).append(local(parameter.grad))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for copies, gradients in by_copies.items():
             norms = torch.stack(torch._foreach_norm(gradients))
@@ -166,7 +166,7 @@ class FsdpEngine:
 
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
-        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
 
@@ -239,18 +239,3 @@ def _init_distributed(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if backend == "nccl" else None)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _copies(tensor: torch.Tensor, world_size: int) -> float:
-    """How many ranks hold each element. Replicate is asked for, because a ``_StridedShard`` is no ``Shard``."""
-    if not isinstance(tensor, DTensor):
-        return float(world_size)
-    shards = 1
-    for dim, placement in enumerate(tensor.placements):
-        if not placement.is_replicate():
-            shards *= tensor.device_mesh.size(dim)
-    return world_size / shards

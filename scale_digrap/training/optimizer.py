@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scale_digrap.config import OptimizerConfig
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.sharding.dtensor import local
 from scale_digrap.training.engine import Engine, TrainingError
 
 
@@ -79,7 +79,7 @@ def capture_anchors(loaded: LoadedModel, engine: Engine) -> dict[str, torch.Tens
     }
     narrow = {name: parameter.detach().to(torch.bfloat16) for name, parameter in trained.items()}
     inexact = [
-        float(not torch.equal(_local(narrow[name]).to(parameter.dtype), _local(parameter)))
+        float(not torch.equal(local(narrow[name]).to(parameter.dtype), local(parameter)))
         for name, parameter in trained.items()
     ]
     inexact = engine.sum(inexact) if inexact else []
@@ -113,8 +113,3 @@ def digrap_summary(optimizer: Optimizer) -> dict[str, float]:
         "omega_mean": sum(layer.omega for layer in layers) / len(layers),
         "conflict_rate": sum(layer.conflict_rate for layer in layers) / len(layers),
     }
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,9 +7,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from scale_digrap.models.select import SelectionError
+from scale_digrap.sharding.dtensor import shard_count
 from scale_digrap.training import train
 from scale_digrap.training.engine import TrainingError, create_engine
-from scale_digrap.training.fsdp import _copies
 from tests.models import tiny
 from tests.training import runs
 
@@ -145,7 +145,7 @@ def collective_norm():
         parameter.grad = value.clone()
         parameters.append(parameter)
     norm = engine.grad_norm(parameters)
-    copies = [_copies(parameter.grad, 2) for parameter in parameters]
+    copies = [2 / shard_count(parameter.grad) for parameter in parameters]
     engine.scale_gradients(parameters, 0.5)
     return norm, float(torch.cat([g.flatten() for g in gradients]).norm()), copies, engine.grad_norm(parameters)
 
