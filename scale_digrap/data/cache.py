@@ -1,0 +1,283 @@
+"""A bounded folder of whole shards that the processes of one node share.
+
+Each shard has, besides its file, two lock files that outlive it: ``.lock`` is held by the one process that downloads or
+removes it, ``.pin`` is shared by those that use it. The kernel drops both when a process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scale_digrap.data.errors import DataError
+from scale_digrap.data.fetch import part_files
+
+_POLL_S = 0.05
+
+
+class CacheError(DataError):
+    """The shard cache cannot be used, or has no room."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a complete file in the cache."""
+
+    size: int
+    sha256: str
+
+
+class ShardCache:
+    """A folder with at most `max_bytes` of shards; the least recently used ones that nobody has pinned make room.
+
+    Safe with any number of processes and threads.
+
+    Args:
+        folder: on a disk of this node: network file systems do not all keep locks.
+        max_bytes: of complete and unfinished shards together; None is without limit.
+        timeout_s: how long a shard waits for others to give up room before that is an error.
+
+    Raises:
+        CacheError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int | None, timeout_s: float) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise CacheError(f"the size limit of the shard cache must be at least 1 byte, got {max_bytes}")
+        self.folder, self.max_bytes, self.timeout_s = folder, max_bytes, timeout_s
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.exclusive("evict"):
+                pass
+        except OSError as error:
+            raise CacheError(f"the shard cache {folder} cannot be used: {error}") from None
+        self._pins: dict[str, int] = {}
+        self._mutex = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Call first in a forked child: the pins are the parent's, and one of its threads may have held the mutex."""
+        for descriptor in self._pins.values():
+            os.close(descriptor)  # without unlocking, which would unlock the parent's
+        self._pins = {}
+        self._mutex = threading.Lock()
+
+    def file(self, name: str) -> Path:
+        """Where the shard of that cache name lies, if it is there."""
+        return self.folder / name
+
+    def note(self, name: str) -> Note | None:
+        """Size and checksum of a complete shard, None if it is not (wholly) there."""
+        try:
+            content = json.loads(self._note_file(name).read_text())
+            note = Note(int(content["size"]), str(content["sha256"]))
+            return note if self.file(name).stat().st_size == note.size else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, name: str, size: int, sha256: str) -> None:
+        """Record a shard that has just been completed."""
+        self._failure_file(name).unlink(missing_ok=True)
+        unfinished = self._note_file(name).with_suffix(".tmp")
+        unfinished.write_text(json.dumps({"size": size, "sha256": sha256}))
+        os.replace(unfinished, self._note_file(name))
+
+    def touch(self, name: str) -> None:
+        """Mark a shard as just used."""
+        # The note's time, not the shard's: an index holds for one modification time of its shard.
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._note_file(name))
+
+    def remove(self, name: str) -> int:
+        """Delete a shard and what is left of unfinished downloads; returns the bytes it held."""
+        # The note goes first: a file without one is not trusted, so a death in between leaves nothing wrong.
+        self._note_file(name).unlink(missing_ok=True)
+        freed = 0
+        for path in (self.file(name), *part_files(self.file(name)), self.folder / f"{name}.idx"):
+            with contextlib.suppress(FileNotFoundError):
+                freed += path.stat().st_size
+                path.unlink()
+        return freed
+
+    def fail(self, name: str, message: str) -> None:
+        """Tell those who wait for this download that it cannot be had: they need not all find out for themselves."""
+        self._failure_file(name).write_text(message)
+
+    def failure(self, name: str, since: float) -> str | None:
+        """What `fail` was told at or after the time `since` (s since the epoch)."""
+        try:
+            return self._failure_file(name).read_text() if self._failure_file(name).stat().st_mtime >= since else None
+        except FileNotFoundError:
+            return None
+
+    # Locks
+
+    @contextlib.contextmanager
+    def exclusive(self, name: str, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Hold ``NAME.lock`` alone; waits, and yields False when `give_up` says so first."""
+        with self._opened(self._lock_file(name)) as descriptor:
+            pause = _POLL_S
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if give_up():
+                    yield False
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+            yield True
+
+    def pin(self, name: str) -> None:
+        """Keep a shard (there already or not) from being removed by any process."""
+        with self._mutex:
+            if name in self._pins or self.max_bytes is None:
+                return
+            descriptor = os.open(self._pin_file(name), os.O_RDWR | os.O_CREAT, 0o666)
+            # Waits at most for a removal that is under way.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self._pins[name] = descriptor
+
+    def unpin(self, names: Iterable[str]) -> None:
+        """Let shards go that this process had pinned."""
+        with self._mutex:
+            for name in names:
+                descriptor = self._pins.pop(name, None)
+                if descriptor is not None:
+                    # A forked child holds a copy of the descriptor: closing ours alone would not unlock.
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                    os.close(descriptor)
+
+    def pinned(self) -> set[str]:
+        """The names that this process has pinned."""
+        with self._mutex:
+            return set(self._pins)
+
+    # Room
+
+    def make_room(
+        self, name: str, size: int, *, wait: bool = True, give_way: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Remove shards until `size` bytes for `name` fit; the caller holds ``NAME.lock``.
+
+        Args:
+            wait: when all the rest is pinned, wait up to `timeout_s` for room; else return False at once.
+            give_way: called when nothing can be removed; unpins something of this process and returns True, or False.
+
+        Raises:
+            CacheError: the shard is larger than the cache, or the pinned shards leave no room for it.
+        """
+        if self.max_bytes is None:
+            return True
+        if size > self.max_bytes:
+            raise CacheError(
+                f"shard {name} has {size} bytes, more than the whole cache {self.folder} may hold ({self.max_bytes}): "
+                "raise the limit or write smaller shards"
+            )
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            with self.exclusive("evict"):
+                others = self._usage()
+                others.pop(name, None)
+                total = sum(held for _, held in others.values())
+                for other, (_, held) in sorted(others.items(), key=lambda item: item[1][0]):
+                    if total + size <= self.max_bytes:
+                        break
+                    if self._remove_if_free(other):
+                        total -= held
+                if total + size <= self.max_bytes:
+                    # Counts from here on, though nothing is written yet.
+                    self._claim_file(name).write_text(str(size))
+                    return True
+            if give_way():
+                continue
+            if not wait:
+                return False
+            if time.monotonic() > deadline:
+                raise CacheError(
+                    f"no room for shard {name} ({size} bytes) in the cache {self.folder}: {total} of its "
+                    f"{self.max_bytes} bytes are pinned by running processes. Raise the limit, shuffle over a smaller "
+                    "window, or write smaller shards"
+                )
+            time.sleep(_POLL_S)
+
+    def release_claim(self, name: str) -> None:
+        """The room claimed for `name` is now its file, or is not needed after all."""
+        self._claim_file(name).unlink(missing_ok=True)
+
+    def _usage(self) -> dict[str, tuple[float, int]]:
+        """Name → (time of last use in s, bytes held or claimed)."""
+        used: dict[str, tuple[float, int]] = {}
+        for entry in os.scandir(self.folder):
+            name, kind = _split(entry.name)
+            if kind not in ("", ".part", ".claim", ".note"):
+                continue
+            try:
+                stat = entry.stat()
+                held = stat.st_size
+                if kind == ".claim":
+                    # A claim is worth its size while its download runs; the part file is within it.
+                    held = int(Path(entry.path).read_text() or 0) if self._is_locked(name) else 0
+            except (FileNotFoundError, ValueError):
+                continue
+            last, before = used.get(name, (0.0, 0))
+            used[name] = (max(last, stat.st_mtime), max(before, 0 if kind == ".note" else held))
+        return used
+
+    def _is_locked(self, name: str) -> bool:
+        with self._opened(self._lock_file(name)) as descriptor:
+            return not _try_lock(descriptor, fcntl.LOCK_EX)
+
+    def _remove_if_free(self, name: str) -> bool:
+        with self._opened(self._lock_file(name)) as lock, self._opened(self._pin_file(name)) as pin:
+            if not (_try_lock(lock, fcntl.LOCK_EX) and _try_lock(pin, fcntl.LOCK_EX)):
+                return False
+            self.remove(name)
+            self.release_claim(name)
+            return True
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            yield descriptor
+        finally:
+            # A process forked meanwhile by another thread holds a copy: closing ours alone would not unlock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def _note_file(self, name: str) -> Path:
+        return self.folder / f"{name}.note"
+
+    def _failure_file(self, name: str) -> Path:
+        return self.folder / f"{name}.error"
+
+    def _claim_file(self, name: str) -> Path:
+        return self.folder / f"{name}.claim"
+
+    def _lock_file(self, name: str) -> Path:
+        return self.folder / f"{name}.lock"
+
+    def _pin_file(self, name: str) -> Path:
+        return self.folder / f"{name}.pin"
+
+
+_KINDS = (".part.json.tmp", ".part.json", ".part", ".note", ".claim", ".error", ".idx", ".lock", ".pin", ".tmp")
+
+
+def _split(file_name: str) -> tuple[str, str]:
+    for kind in _KINDS:
+        if file_name.endswith(kind):
+            return file_name[: -len(kind)], kind
+    return file_name, ""
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
