@@ -24,17 +24,13 @@ import torch
 from braceexpand import braceexpand
 from PIL import Image
 
+from scale_digrap.data.errors import DataError
 from scale_digrap.data.sample import VqaSample
-from scale_digrap.errors import ScaleDigrapError
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
 _BLOCK = 512
 
 Collate = Callable[[list[VqaSample]], Any]
-
-
-class DataError(ScaleDigrapError):
-    """Shards that cannot be trusted: missing, damaged or incomplete."""
 
 
 def expand_urls(urls: str | Path | Sequence[str | Path]) -> list[Path]:

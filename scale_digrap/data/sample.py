@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from scale_digrap.data.errors import SampleError
 
 
 @dataclass
 class VqaSample:
-    """A question about an image, with its reference answers.
+    """A question about images, with its reference answers.
 
     Attributes:
-        key: the sample's name in its shard, unique in a data set.
+        key: the sample's name in its shard; ``KEY#i`` for question i of a record that groups several.
         image: decoded RGB image, encoded bytes as stored, or None for a text-only sample.
         question: without any prompt around it.
         answers: one answer, or the ten of a VQA annotation; may repeat.
         question_id: identifies the question in result files.
         extra: whatever else the sample carries (``image_id``, ``question_type``, …).
+        more_images: the second image and those after it.
+        seed: what random augmentation of this sample must be drawn from, see :meth:`rng`. Not part of its identity.
     """
 
     key: str
@@ -27,3 +33,75 @@ class VqaSample:
     answers: list[str]
     question_id: str
     extra: dict[str, Any] = field(default_factory=dict)
+    more_images: list[Image.Image | bytes] = field(default_factory=list)
+    seed: int = field(default=0, compare=False)
+
+    @property
+    def images(self) -> list[Image.Image | bytes]:
+        """All images, in order; empty for a text-only sample."""
+        return [] if self.image is None else [self.image, *self.more_images]
+
+    def rng(self) -> np.random.Generator:
+        """A fresh generator for augmentation. It depends on (seed, position in the data) alone, so that neither the
+        number of ranks or loader processes nor a resume changes what is drawn."""
+        return np.random.default_rng(self.seed)
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """The JSON object of a record, with the fields of its questions checked.
+
+    A record is one question, ``{"question", "answers", "question_id", ...}``, or several about the same images,
+    ``{"questions": [{"question", "answers", "question_id", ...}, ...], ...}``.
+
+    Raises:
+        SampleError: not a JSON object, a field missing or of the wrong type, or no answers.
+    """
+    meta = parse_json(data)
+    if "questions" not in meta:
+        _check_question(meta, "its .json")
+        return meta
+    questions = meta["questions"]
+    if not isinstance(questions, list) or not questions:
+        raise SampleError("'questions' in its .json must be a list of one or more questions")
+    for number, question in enumerate(questions):
+        if not isinstance(question, dict):
+            raise SampleError(f"question {number} in its .json must be an object, got {type(question).__name__}")
+        _check_question(question, f"question {number} in its .json")
+    return meta
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        SampleError: anything else.
+    """
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"its .json is not valid JSON: {error}") from None
+    if not isinstance(meta, dict):
+        raise SampleError(f"its .json must be an object, got {type(meta).__name__}")
+    return meta
+
+
+def parse_class(data: bytes) -> int:
+    """The class number of a ``.cls`` field.
+
+    Raises:
+        SampleError: not a decimal number of at most nine digits.
+    """
+    text = data.strip()
+    if not text.isdigit() or len(text) > 9:
+        raise SampleError(f"its .cls must be a decimal class number, got {data[:20]!r}")
+    return int(text)
+
+
+def _check_question(meta: dict[str, Any], where: str) -> None:
+    for name, kind in (("question", str), ("answers", list), ("question_id", (str, int))):
+        if name not in meta:
+            raise SampleError(f"{where} lacks {name!r}")
+        if not isinstance(meta[name], kind):
+            raise SampleError(f"{where}: {name!r} has type {type(meta[name]).__name__}")
+    if not meta["answers"] or not all(isinstance(answer, str) for answer in meta["answers"]):
+        raise SampleError(f"{where}: 'answers' must be a list of one or more strings, got {meta['answers']!r}")
