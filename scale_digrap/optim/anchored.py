@@ -7,7 +7,7 @@ holds them packed, so that a step is a handful of kernels for all layers, while 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ ANCHOR_DTYPES = ("auto", "bfloat16", "float32")
 # Keys that torch, its schedulers and common training code add to a group without being options of an optimizer.
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr"}
 _MAPPING = "mapping"
+# Where an attached optimizer keeps its per-layer scalars in a state dict: the one place that every checkpoint path of
+# the engines carries along.
+LAYER_STATE = "layer_state"
 
 
 class AnchoredOptimizer(Optimizer):
@@ -31,6 +34,8 @@ class AnchoredOptimizer(Optimizer):
     layer_scalars: tuple[str, ...] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+        self._given: list[tuple[str, Tensor]] = []
+        self._attached = False
         self._reset_caches()
         self._process_group = process_group
         self._anchor_tensors: dict[str, Tensor] = {}
@@ -39,7 +44,6 @@ class AnchoredOptimizer(Optimizer):
 
     def _reset_caches(self) -> None:
         self._layout: ShardLayout | None = None
-        self._params: list[Tensor] = []
         self._names: list[str] = []
         self._group_of: list[int] = []
         self._packed = torch.empty(0)
@@ -47,11 +51,15 @@ class AnchoredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Reached by unpickling and deepcopy, and by load_state_dict, which passes "state" and "param_groups" alone.
-        if "defaults" in state and "_process_group" not in self.__dict__:
-            self._process_group, self._anchor_tensors = None, {}
+        fresh = "defaults" in state and "_process_group" not in self.__dict__
+        if fresh:
+            self._process_group, self._anchor_tensors, self._attached = None, {}, False
             self._default_anchor = state["defaults"]["anchor"]
         super().__setstate__(state)
-        self._reset_caches()
+        if fresh:
+            self._given = [pair for number in range(len(self.param_groups)) for pair in self._named(number)]
+        if not self._attached:
+            self._reset_caches()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -99,6 +107,7 @@ class AnchoredOptimizer(Optimizer):
         except ValueError:
             del self.param_groups[before:]
             raise
+        self._given += self._named(before)
 
     def _check_params(self, group: dict[str, Any], anchor: Any) -> None:
         names = group.get("param_names")
@@ -120,15 +129,109 @@ class AnchoredOptimizer(Optimizer):
                 _check_anchor_shape(name, anchor[name], param.shape)
             self._anchor_tensors[name] = anchor[name]
 
+    def _named(self, group: int) -> list[tuple[str, Tensor]]:
+        """(layer name, parameter) of a group; parameters given without names are numbered."""
+        params = self.param_groups[group]["params"]
+        first = sum(len(other["params"]) for other in self.param_groups[:group])
+        names = self.param_groups[group].get("param_names")
+        if names is None or len(names) != len(params):
+            names = [f"param_{first + i}" for i in range(len(params))]
+        return list(zip(names, params, strict=True))
+
     def _trainable(self) -> Iterable[tuple[int, str, Tensor]]:
         """(group index, layer name, parameter) of everything that takes part in a step."""
-        number = 0
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for position, param in enumerate(group["params"]):
+        for index in range(len(self.param_groups)):
+            for name, param in self._named(index):
                 if param.requires_grad:
-                    yield index, names[position] if names else f"param_{number}", param
-                number += 1
+                    yield index, name, param
+
+    @property
+    def given_parameters(self) -> list[tuple[str, Tensor]]:
+        """(name, parameter) as the optimizer was given them, also after an engine has put other tensors in place."""
+        return list(self._given)
+
+    def _check_given(self) -> None:
+        """Refuse tensors that the optimizer does not know: what an engine has put in place of the parameters."""
+        known = {id(param) for _, param in self._given}
+        params = [param for group in self.param_groups for param in group["params"]]
+        if all(id(param) in known for param in params) and (params or not self._given):
+            return
+        raise RuntimeError(
+            f"{type(self).__name__} was made for {len(self._given)} parameters, but has other tensors now: "
+            "DeepSpeed's ZeRO steps flat partitions that cut through layers, where a layer-wise update would be "
+            "silently wrong. After deepspeed.initialize(...), add: scale_digrap.deepspeed.attach(engine)"
+        )
+
+    # -- tensors that an engine has put in place of the parameters ----------------------------------------------------
+
+    def attach(
+        self,
+        names: Sequence[str],
+        group_of: Sequence[int],
+        make_layout: Callable[[Sequence[bool]], ShardLayout],
+    ) -> None:
+        """Step the tensors of a layout in place of the parameters; ``scale_digrap.deepspeed.attach`` calls it.
+
+        State is kept per tensor of the layout: flat moments, flat anchor. The per-layer scalars of all layers are kept
+        by name, and travel in ``param_groups[0]`` of a state dict. State that was loaded before is taken over.
+
+        Args:
+            names: one name per layer.
+            group_of: for each layer, the index of its parameter group.
+            make_layout: called with one flag per layer, whether its row sums are wanted. A collective call.
+
+        Raises:
+            ValueError: as :meth:`init_state`.
+        """
+        self._reset_caches()
+        self._check_names(names)
+        by_rows = [self._by_rows(self.param_groups[index]) for index in group_of]
+        self._names, self._group_of, self._layout = list(names), list(group_of), make_layout(by_rows)
+        self._attached = True
+        self._check_precision()
+        self._init_tensors()
+        saved = self._take_layer_state()
+        if saved is None and any(float(self.state[tensor]["step"]) > 0 for tensor in self._layout.tensors):
+            raise ValueError(f"the optimizer's state has no {LAYER_STATE!r}: it was written by another optimizer")
+        self._pack(saved or {})
+
+    def _take_layer_state(self) -> dict[str, dict[str, float]] | None:
+        """Per-layer scalars that a checkpoint has put into the parameter groups, by layer name; options go back too."""
+        found = [group.pop(LAYER_STATE) for group in self.param_groups if LAYER_STATE in group]
+        if not found:
+            return None
+        saved = found[0]
+        missing = sorted(set(self._names) - set(saved["layers"]))
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} of {len(self._names)} layers, first {missing[0]!r}")
+        # Loading a Universal Checkpoint under ZeRO-3 writes the first group's options into every group.
+        if len(saved["groups"]) == len(self.param_groups):
+            for group, options in zip(self.param_groups, saved["groups"], strict=True):
+                group.update(options)
+        return saved["layers"]
+
+    def _layer_state(self) -> dict[str, Any]:
+        columns = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True)) | {"step": self._steps.tolist()}
+        layers = {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self._names)}
+        options = set(self.defaults) | {"initial_lr"}
+        groups = [{key: value for key, value in group.items() if key in options} for group in self.param_groups]
+        return {"version": 1, "layers": layers, "groups": groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer``; an attached optimizer adds its per-layer scalars to the first group."""
+        result = super().state_dict()
+        if self._attached and result["param_groups"]:
+            first, *rest = result["param_groups"]
+            result["param_groups"] = [{**first, LAYER_STATE: self._layer_state()}, *rest]
+        return result
+
+    def _tensor_of(self, index: int) -> Tensor:
+        """The tensor that holds a layer."""
+        assert self._layout is not None
+        return self._layout.tensors[self._layout.holders[index]]
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        return self.state[self._tensor_of(index)]
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -144,38 +247,57 @@ class AnchoredOptimizer(Optimizer):
                 several devices; an anchor that would be captured after training began; an ``anchor_dtype`` that does
                 not hold an anchor exactly; two layers of one name.
         """
-        trainable = list(self._trainable())
-        known = len(trainable) == len(self._params) and self._layout is not None
-        if known and all(new is old for (_, _, new), old in zip(trainable, self._params, strict=True)):
+        if self._attached:
+            saved = self._take_layer_state()
+            if saved is not None:
+                self._pack(saved)
             return
+        trainable = list(self._trainable())
+        before = None if self._layout is None else self._layout.tensors
+        if before is not None and len(trainable) == len(before):  # noqa: SIM102
+            if all(new is old for (_, _, new), old in zip(trainable, before, strict=True)):
+                return
+        self._check_given()
         self._group_of = [index for index, _, _ in trainable]
-        self._names = [name for _, name, _ in trainable]
-        self._params = [param for _, _, param in trainable]
-        self._check_precision()
-        if len(set(self._names)) < len(self._names):
-            twice = next(name for name in self._names if self._names.count(name) > 1)
-            raise ValueError(f"two layers are named {twice!r}; give every layer its own name")
+        names = [name for _, name, _ in trainable]
+        self._check_names(names)
+        self._names = names
+        params = [param for _, _, param in trainable]
         by_rows = [self._by_rows(self.param_groups[index]) for index in self._group_of]
-        self._layout = layout_for(self._names, self._params, by_rows, self._process_group)
+        self._check_precision(params)
+        self._layout = layout_for(names, params, by_rows, self._process_group)
+        self._init_tensors()
+        for param in params:
+            for key in self.layer_scalars:
+                if key not in self.state[param]:
+                    self.state[param][key] = torch.zeros((), dtype=torch.float64)
+        self._pack({name: self.state[param] for name, param in zip(names, params, strict=True)})
+
+    def _init_tensors(self) -> None:
+        """Create the missing state of every tensor: step, moments, anchor."""
+        assert self._layout is not None
         self._init_anchors()
-        for param in self._params:
-            state = self.state[param]
+        for tensor in self._layout.tensors:
+            state = self.state[tensor]
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
             for key in ("exp_avg", "exp_avg_sq"):
                 if key not in state:
-                    state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            for key in self.layer_scalars:
-                if key not in state:
-                    state[key] = torch.zeros((), dtype=torch.float64)
-        self._pack()
+                    state[key] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+
+    @staticmethod
+    def _check_names(names: Sequence[str]) -> None:
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise ValueError(f"two layers are named {twice!r}; give every layer its own name")
 
     def _by_rows(self, group: Mapping[str, Any]) -> bool:
         """Whether a group's layers need sums per row."""
         return False
 
-    def _check_precision(self) -> None:
-        for name, param in zip(self._names, self._params, strict=True):
+    def _check_precision(self, params: Sequence[Tensor] | None = None) -> None:
+        for index, name in enumerate(self._names):
+            param = self._tensor_of(index) if params is None else params[index]
             if param.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"layer {name!r} is {param.dtype}: a fine-tuning step is of the size of its rounding. Keep"
@@ -184,28 +306,30 @@ class AnchoredOptimizer(Optimizer):
                 )
 
     def _init_anchors(self) -> None:
-        """Capture the missing anchors, each in the narrowest dtype that holds it exactly on every rank."""
-        assert self._layout is not None
+        """Capture the missing anchors, each in the narrowest dtype that holds its tensor exactly on every rank."""
+        layout = self._layout
+        assert layout is not None
         fresh: dict[int, Tensor] = {}
-        for index, (name, param) in enumerate(zip(self._names, self._params, strict=True)):
-            kind, state = self._anchor_kind_of(index), self.state[param]
+        for index, name in enumerate(self._names):
+            kind, state = self._anchor_kind_of(index), self._state_of(index)
             if kind in (None, "zero") or "anchor" in state:
                 continue
             if kind == _MAPPING:
                 full = self._anchor_tensors[name]
-                _check_anchor_shape(name, full, self._layout.layers[index].shape)
-                fresh[index] = self._layout.shard_like(index, param, full)
+                _check_anchor_shape(name, full, layout.layers[index].shape)
+                fresh[index] = layout.local_of_full(index, full)
                 continue
             if float(state.get("step", 0)) > 0:
                 raise ValueError(
                     f"layer {name!r} has taken {int(state['step'])} steps and has no anchor: anchor='initial' would "
                     "capture trained weights. Load the pre-trained weights, call init_state(), then load the checkpoint"
                 )
-            fresh[index] = param.detach()  # copied below, in its final dtype: no fp32 copy of the model in between
-        inexact = torch.zeros(len(self._params), dtype=torch.bool)
+            fresh[index] = layout.local(index, self._tensor_of(index).detach())
+        inexact = torch.zeros(len(self._names), dtype=torch.bool)
         for index, anchor in fresh.items():
-            inexact[index] = not _fits_bf16(ShardLayout.local(anchor))
-        self._layout.any_(inexact)
+            inexact[index] = not _fits_bf16(anchor)
+        layout.any_(inexact)
+        wide = {layout.holders[index] for index in fresh if inexact[index]}
         for index, anchor in fresh.items():
             asked = self.param_groups[self._group_of[index]]["anchor_dtype"]
             if asked == "bfloat16" and inexact[index]:
@@ -213,31 +337,40 @@ class AnchoredOptimizer(Optimizer):
                     f"the anchor of layer {self._names[index]!r} is not exact in bfloat16; use anchor_dtype='auto' or "
                     "'float32'"
                 )
-            narrow = asked == "bfloat16" or (asked == "auto" and not inexact[index])
-            dtype = torch.bfloat16 if narrow else self._params[index].dtype
-            self.state[self._params[index]]["anchor"] = anchor.to(dtype, copy=True)
+            narrow = asked == "bfloat16" or (asked == "auto" and layout.holders[index] not in wide)
+            tensor, state = self._tensor_of(index), self._state_of(index)
+            if "anchor" not in state:
+                dtype = torch.bfloat16 if narrow else tensor.dtype
+                state["anchor"] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format)
+            layout.local(index, state["anchor"]).copy_(anchor)
 
     def _anchor_kind_of(self, index: int) -> str | None:
         return self.param_groups[self._group_of[index]]["anchor"]
 
     @torch.no_grad()
-    def _pack(self) -> None:
-        """Gather every layer's scalars into one tensor and leave 0-d views of it in ``state``."""
-        assert self._layout is not None
-        device = ShardLayout.local(self._params[0]).device if self._params else torch.device("cpu")
-        shape = (len(self.layer_scalars), len(self._params))
-        packed = torch.zeros(shape, dtype=torch.float64)
-        steps = torch.zeros(len(self._params), dtype=torch.float32)
-        for index, param in enumerate(self._params):
-            state = self.state[param]
-            steps[index] = float(state["step"])
+    def _pack(self, scalars: Mapping[str, Mapping[str, Any]]) -> None:
+        """Gather every layer's scalars into one tensor; where a layer has a tensor of its own, ``state`` shows views.
+
+        Args:
+            scalars: by layer name; what is missing is 0.
+        """
+        layout = self._layout
+        assert layout is not None
+        device = layout.local(0, self._tensor_of(0)).device if self._names else torch.device("cpu")
+        packed = torch.zeros((len(self.layer_scalars), len(self._names)), dtype=torch.float64)
+        steps = torch.zeros(len(self._names), dtype=torch.float32)
+        for index, name in enumerate(self._names):
+            own = scalars.get(name, {})
+            steps[index] = float(own.get("step", 0.0))
             for row, key in enumerate(self.layer_scalars):
-                packed[row, index] = float(state[key])
+                packed[row, index] = float(own.get(key, 0.0))
         self._packed, self._steps = packed.to(device), steps.to(device)
-        for index, param in enumerate(self._params):
-            self.state[param]["step"] = self._steps[index]
-            for row, key in enumerate(self.layer_scalars):
-                self.state[param][key] = self._packed[row, index]
+        if not self._attached:
+            for index in range(len(self._names)):
+                state = self._state_of(index)
+                state["step"] = self._steps[index]
+                for row, key in enumerate(self.layer_scalars):
+                    state[key] = self._packed[row, index]
         self._after_pack()
 
     def _after_pack(self) -> None:
@@ -277,8 +410,13 @@ class AnchoredOptimizer(Optimizer):
                     state[name] = value
                 if "anchor" not in state and "anchor" in old:
                     state["anchor"] = old["anchor"]
+            if self._attached:
+                self.init_state()
+                return
             self._reset_caches()
-            self.init_state()
+            known = {id(param) for _, param in self._given}
+            if all(id(param) in known for param in params):
+                self.init_state()  # else an engine loads before attach(), which takes the state over
 
         # Ours run next to the parameters: after every hook of the user's on the way in, before them on the way out.
         hooks = (

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,25 @@ class _Block:
             return self
         return _Block.make(self.group, self.anchored, self.by_rows, pieces, self.owner.device)
 
-    def matrix(self, role: str, tensors: list[Any], workspace: F.Workspace) -> Tensor:
-        """``[rows, cols]`` out of one local tensor per layer."""
-        return workspace.gather(role, [piece.of(tensors[piece.index]) for piece in self.pieces], self.owner.numel())
+    def matrix(self, role: str, tensors: list[Any], workspace: F.Workspace, dtype: torch.dtype | None = None) -> Tensor:
+        """``[rows, cols]`` of ``dtype`` (theirs by default) out of one local tensor per layer."""
+        pieces = [piece.of(tensors[piece.index]) for piece in self.pieces]
+        return workspace.gather(role, pieces, self.owner.numel(), dtype)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What a training step does to each layer, decided once for all.
+
+    Attributes:
+        scale: float64 ``[n_layers]``: projection scale ω c, 0 where a layer is not projected.
+        scales: the same on the host.
+        live: which layers move.
+    """
+
+    scale: Tensor
+    scales: list[float]
+    live: list[bool]
 
 
 class DiGraP(AnchoredOptimizer):
@@ -197,42 +213,50 @@ class DiGraP(AnchoredOptimizer):
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._last: dict[str, Tensor] = {}
+        self._decision: _Decision | None = None
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
     def _after_pack(self) -> None:
         """Rebuild what follows from layout and state: views of the moments, blocks, host copies of steps and α."""
-        layout = self._layout
+        layout, count = self._layout, len(self._names)
         assert layout is not None
         self._last = {}
-        states = [self.state[param] for param in self._params]
-        self._exp_avgs = [layout.local(state["exp_avg"]) for state in states]
-        self._exp_avg_sqs = [layout.local(state["exp_avg_sq"]) for state in states]
-        self._anchors = [layout.local(state["anchor"]) if "anchor" in state else None for state in states]
+        self._groups: Sequence[dict[str, Any]] = self.param_groups
+        self._bind()
         self._step_views = list(self._steps.unbind())
         self._host_steps = [int(step) for step in self._steps.tolist()]
         scalars = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True))
         self._host_lrs, self._host_decays = scalars["previous_lr"], scalars["previous_weight_decay"]
         device = self._packed.device
         self._group_index = torch.tensor(self._group_of, dtype=torch.int64, device=device)
-        anchored = [self._anchor_kind_of(i) is not None for i in range(len(self._params))]
+        anchored = [self._anchor_kind_of(i) is not None for i in range(count)]
         self._anchored = torch.tensor(anchored, dtype=torch.bool, device=device)
         self._one_row = torch.tensor([not layer.by_rows for layer in layout.layers], dtype=torch.bool, device=device)
-        self._agree = torch.tensor([self._option(i, "project_when") == "agree" for i in range(len(self._params))]).to(
-            device
-        )
+        agree = [self._option(i, "project_when") == "agree" for i in range(count)]
+        self._agree = torch.tensor(agree, dtype=torch.bool, device=device)
         self._slot_layer = layout.slot_layer.to(device)
         self._workspace = F.Workspace(device)
         self._blocks = self._make_blocks(device)
         # Constant, and sent with every step's sums: ‖θ0‖ then needs no collective of its own.
-        self._anchor_sums = torch.zeros(len(self._params), dtype=torch.float64, device=device)
+        self._anchor_sums = torch.zeros(count, dtype=torch.float64, device=device)
         for index, anchor in enumerate(self._anchors):
             if anchor is not None and anchor.numel():
                 parts = anchor.reshape(-1).split(1 << 22)
                 self._anchor_sums[index] = sum(part.float().square().sum(dtype=torch.float64) for part in parts)
 
+    def _bind(self) -> None:
+        """Every layer's local elements: of its parameter, its moments and its anchor."""
+        layout, indices = self._layout, range(len(self._names))
+        assert layout is not None
+        states = [self._state_of(i) for i in indices]
+        self._locals = [layout.local(i, self._tensor_of(i)) for i in indices]
+        self._exp_avgs = [layout.local(i, states[i]["exp_avg"]) for i in indices]
+        self._exp_avg_sqs = [layout.local(i, states[i]["exp_avg_sq"]) for i in indices]
+        self._anchors = [layout.local(i, states[i]["anchor"]) if "anchor" in states[i] else None for i in indices]
+
     def _option(self, index: int, key: str) -> Any:
-        return self.param_groups[self._group_of[index]][key]
+        return self._groups[self._group_of[index]][key]
 
     def _make_blocks(self, device: torch.device) -> list[_Block]:
         layout = self._layout
@@ -243,7 +267,7 @@ class DiGraP(AnchoredOptimizer):
         for index, placed in enumerate(layout.placements):
             by_rows = layout.layers[index].by_rows
             stored = self._anchors[index] is not None
-            local = layout.local(self._params[index])
+            local = self._locals[index]
             kind = (self._group_of[index], self._anchor_kind_of(index) is not None, stored, by_rows, local.dtype)
             for run in placed.runs:
                 rows, cols = (run.rows, run.cols) if by_rows else (1, run.rows * run.cols)
@@ -292,16 +316,46 @@ class DiGraP(AnchoredOptimizer):
         self.init_state()
         layout = self._layout
         assert layout is not None
-        if not self._params:
+        if not self._names:
             return loss
-        params = [layout.local(param) for param in self._params]
-        grads = [layout.local_grad(param) for param in self._params]
-        present = [grad is not None for grad in grads]
-        if layout.world_size > 1:
-            # Another rank may have a gradient for its part of a layer: then this part's is zero, and its drift counts.
-            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+        turn = layout.turn(self.param_groups)
+        self._groups = turn.groups
+        if layout.rebound(self.state):
+            self._bind()
+        elif not self._attached:
+            self._locals = [layout.local(i, param) for i, param in enumerate(layout.tensors)]
+        if turn.first:
+            grads = self._complete(layout.local_grads())
+            self._decision = self._decide(*grads)
+        else:
+            grads = self._complete(layout.local_grads(turn.layers), turn.layers)
+        if self._decision is not None:
+            self._update(grads[0], self._decision, turn.layers)
+        return loss
 
-        sums, row_sums = self._local_sums(params, grads, present)
+    def _complete(
+        self, given: list[Tensor | None], indices: Sequence[int] | None = None
+    ) -> tuple[list[Tensor | None], list[bool]]:
+        """One gradient per layer, and which autograd has made here.
+
+        Another rank may have a gradient for its part of a layer: then this part's is zero, and its drift counts.
+        """
+        assert self._layout is not None
+        grads: list[Tensor | None] = [None] * len(self._names)
+        for index, grad in zip(range(len(grads)) if indices is None else indices, given, strict=True):
+            grads[index] = grad
+        present = [grad is not None for grad in grads]
+        if self._layout.world_size > 1:
+            for index in range(len(grads)) if indices is None else indices:
+                if grads[index] is None:
+                    grads[index] = torch.zeros_like(self._locals[index])
+        return grads, present
+
+    def _decide(self, grads: list[Tensor | None], present: list[bool]) -> _Decision | None:
+        """The sums of all layers, the one reduction, the scalars; ``None`` where the step is left out."""
+        layout = self._layout
+        assert layout is not None
+        sums, row_sums = self._local_sums(grads, present)
         layout.reduce_(sums, row_sums)
         commit, report = self._layer_math(sums, row_sums)
 
@@ -309,22 +363,19 @@ class DiGraP(AnchoredOptimizer):
         scales, moves, finite = report.tolist()
         if not finite[0]:
             self._skip(sums)
-            return loss
+            return None
         if self._is_state_probe(sums):
-            return loss
+            return None
         commit()
-        self._update(params, grads, report[0], scales, [flag > 0 for flag in moves])
-        return loss
+        return _Decision(report[0], scales, [flag > 0 for flag in moves])
 
-    def _local_sums(
-        self, params: list[Tensor], grads: list[Tensor | None], present: list[bool]
-    ) -> tuple[Tensor, Tensor]:
+    def _local_sums(self, grads: list[Tensor | None], present: list[bool]) -> tuple[Tensor, Tensor]:
         """This rank's part of every layer's sums; ``present`` tells which gradients autograd has made here.
 
         Returns:
             float64 ``[N_SUMS, n_layers]``, and float64 ``[3, n_slots]`` of <g, δ'>, ‖g‖², ‖δ'‖² of straddling rows.
         """
-        layout, device = self._layout, self._packed.device
+        layout, device, params = self._layout, self._packed.device, self._locals
         assert layout is not None
         sums = torch.zeros((N_SUMS, len(params)), dtype=torch.float64, device=device)
         row_sums = torch.zeros((3, layout.n_slots), dtype=torch.float64, device=device)
@@ -332,7 +383,7 @@ class DiGraP(AnchoredOptimizer):
         sums[HAS_GRAD] = torch.tensor(present, dtype=torch.float64).to(device)
         space = self._workspace
         for block, (step, lr, decay) in self._batches(grads):
-            g = block.matrix("g", grads, space)
+            g = block.matrix("g", grads, space, params[block.pieces[0].index].dtype)
             grad_sq = F.row_squares(g)
             sums[GRAD].index_add_(0, block.owner, grad_sq)
             if not block.anchored:
@@ -346,7 +397,7 @@ class DiGraP(AnchoredOptimizer):
             if step == 0:
                 continue
             m, v = block.matrix("m", self._exp_avgs, space), block.matrix("v", self._exp_avg_sqs, space)
-            group = self.param_groups[block.group]
+            group = self._groups[block.group]
             previous = F.previous_drift(p, drift, a, m, v, step, lr, decay, group["betas"], group["eps"], work)
             previous_sq = F.row_squares(previous)
             dot = F.row_dots(g, previous, previous)
@@ -357,6 +408,12 @@ class DiGraP(AnchoredOptimizer):
             else:
                 sums[DIRECTION].index_add_(0, block.owner, dot)
                 sums[PREVIOUS].index_add_(0, block.owner, previous_sq)
+        factors = layout.grad_factors()
+        if factors is not None:
+            factors = factors.to(device)
+            sums[DOT] *= factors
+            sums[GRAD] *= factors.square()
+            sums[DIRECTION] *= torch.where(self._one_row, factors, torch.ones_like(factors))  # else cosines
         return sums, row_sums
 
     def _anchor_matrix(self, block: _Block) -> Tensor | None:
@@ -384,8 +441,7 @@ class DiGraP(AnchoredOptimizer):
             is not projected), whether the layer moves, whether all is finite.
         """
         groups = [
-            (g["omega_lr"], *g["omega_betas"], g["omega_max"], float(g["lr"]), g["weight_decay"])
-            for g in self.param_groups
+            (g["omega_lr"], *g["omega_betas"], g["omega_max"], float(g["lr"]), g["weight_decay"]) for g in self._groups
         ]
         options = torch.tensor(groups, dtype=torch.float64).to(sums.device)[self._group_index].unbind(1)
         omega_lr, beta1, beta2, omega_max, lr, weight_decay = options
@@ -427,26 +483,31 @@ class DiGraP(AnchoredOptimizer):
 
         return commit, torch.stack([scale, live.double(), finite.double().expand_as(scale)])
 
-    def _update(
-        self, params: list[Tensor], grads: list[Tensor | None], scale: Tensor, scales: list[float], live: list[bool]
-    ) -> None:
-        """AdamW on the local pieces: projected layers block by block, the others as they are."""
-        for i, group_index in enumerate(self._group_of):
-            if live[i]:
-                group = self.param_groups[group_index]
+    def _update(self, grads: list[Tensor | None], decision: _Decision, layers: Sequence[int]) -> None:
+        """AdamW on the local pieces of some layers: projected ones block by block, the others as they are."""
+        params, scale, scales = self._locals, decision.scale, decision.scales
+        due = [False] * len(params)
+        for i in layers:
+            due[i] = decision.live[i]
+            if due[i]:
+                group = self._groups[self._group_of[i]]
                 self._host_steps[i] += 1
                 self._host_lrs[i], self._host_decays[i] = float(group["lr"]), group["weight_decay"]
-        for number, dtype in sorted({(g, p.dtype) for g, p in zip(self._group_of, params, strict=True)}, key=str):
-            group = self.param_groups[number]
+        for number, dtype in sorted({(self._group_of[i], params[i].dtype) for i in layers}, key=str):
+            group = self._groups[number]
             plain = [
                 i
-                for i, owner in enumerate(self._group_of)
-                if owner == number and params[i].dtype == dtype and live[i] and scales[i] == 0 and params[i].numel()
+                for i in layers
+                if self._group_of[i] == number
+                and params[i].dtype == dtype
+                and due[i]
+                and scales[i] == 0
+                and params[i].numel()
             ]
             moments = [self._exp_avgs[i] for i in plain], [self._exp_avg_sqs[i] for i in plain]
             self._adamw(group, [params[i] for i in plain], [grads[i] for i in plain], *moments, plain)
         for whole in self._blocks:
-            pieces = [piece for piece in whole.pieces if live[piece.index] and scales[piece.index] != 0]
+            pieces = [piece for piece in whole.pieces if due[piece.index] and scales[piece.index] != 0]
             if not pieces:
                 continue
             block = whole.only(pieces)
@@ -454,7 +515,8 @@ class DiGraP(AnchoredOptimizer):
             drift = F.drift(gathered, self._anchor_matrix(block), space.take("drift", gathered.shape, gathered.dtype))
             work = space.take("work", gathered.shape, gathered.dtype)
             factor = scales[pieces[0].index] if len(pieces) == 1 else scale[block.owner]
-            projected = F.projected_gradient(block.matrix("g", grads, space), drift, factor, work)
+            g = block.matrix("g", grads, space, gathered.dtype)
+            projected = F.projected_gradient(g, drift, factor, work)
             parts = list(projected.split([piece.rows for piece in pieces]))
             targets = []
             for k, piece in enumerate(pieces):
@@ -465,9 +527,19 @@ class DiGraP(AnchoredOptimizer):
                     targets.append(list(tensors))
                     parts[k] = torch.empty_like(tensors[0]).copy_(parts[k].view(tensors[0].shape))
             p, m, v = (list(column) for column in zip(*targets, strict=True))
-            self._adamw(self.param_groups[block.group], p, parts, m, v, [piece.index for piece in pieces])
+            self._adamw(self._groups[block.group], p, parts, m, v, [piece.index for piece in pieces])
 
-    def _adamw(self, group: dict, p: list, g: list, m: list, v: list, indices: list[int]) -> None:
+        if self._attached:
+            for k in {self._layout.holders[i] for i in layers}:  # type: ignore[union-attr]
+                self._count(k)
+
+    def _count(self, holder: int) -> None:
+        """The steps of a tensor that holds several layers, which checkpoint converters ask for: its layers' most."""
+        assert self._layout is not None
+        steps = [n for n, k in zip(self._host_steps, self._layout.holders, strict=True) if k == holder]
+        self.state[self._layout.tensors[holder]]["step"] = torch.tensor(float(max(steps)))
+
+    def _adamw(self, group: Mapping[str, Any], p: list, g: list, m: list, v: list, indices: list[int]) -> None:
         options = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
         steps = [self._step_views[index] for index in indices]
         F.adamw_(p, g, m, v, steps, [self._host_steps[index] for index in indices], options)
@@ -488,7 +560,7 @@ class DiGraP(AnchoredOptimizer):
 
         Counting that step would lose t = 1, where ω must still be 0 and no previous projection exists.
         """
-        if any(self._host_steps) or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self._attached or any(self._host_steps) or any(float(group["lr"]) != 0 for group in self._groups):
             return False
         return float(sums[GRAD].sum()) == 0.0
 

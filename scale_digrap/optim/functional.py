@@ -38,11 +38,20 @@ class Workspace:
             buffer = self._buffers[role, dtype] = torch.empty(rows * cols, dtype=dtype)
         return buffer[: rows * cols].view(rows, cols)
 
-    def gather(self, role: str, pieces: Sequence[Tensor], rows: int) -> Tensor:
-        """``[rows, cols]``: pieces of equal ``cols`` as one matrix; a single piece is not copied."""
-        if len(pieces) == 1:
+    def gather(self, role: str, pieces: Sequence[Tensor], rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``[rows, cols]``: pieces of equal ``cols`` as one matrix of ``dtype`` (theirs by default).
+
+        A single piece that has the dtype is not copied.
+        """
+        dtype = dtype or pieces[0].dtype
+        same = all(piece.dtype == dtype for piece in pieces)
+        if same and len(pieces) == 1:
             return pieces[0]
-        return torch.cat(list(pieces), out=self.take(role, (rows, pieces[0].shape[1]), pieces[0].dtype))
+        out = self.take(role, (rows, pieces[0].shape[1]), dtype)
+        if same:
+            return torch.cat(list(pieces), out=out)
+        torch._foreach_copy_(list(out.split([piece.shape[0] for piece in pieces])), list(pieces))
+        return out
 
 
 def drift(params: Tensor, anchors: Tensor | None, out: Tensor) -> Tensor:

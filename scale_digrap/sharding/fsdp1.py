@@ -10,10 +10,9 @@ import gc
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from scale_digrap.sharding.placement import Placement, RowRun
+from scale_digrap.sharding.placement import Placement, RowRun, flat_runs
 
 
 def placements(params: Sequence[Tensor]) -> dict[int, Placement]:
@@ -58,30 +57,3 @@ def placements(params: Sequence[Tensor]) -> dict[int, Placement]:
             "build the optimizer from the live wrapped model's named_parameters()"
         )
     return found
-
-
-def flat_runs(shape: Sequence[int], start: int, stop: int) -> tuple[RowRun, ...]:
-    """The rows that elements ``[start, stop)`` of a flattened layer hold: a part, whole rows, a part.
-
-    Args:
-        shape: shape of the unsharded layer.
-        start: first element, counted in the flattened layer.
-        stop: one past the last element.
-    """
-    if stop <= start:
-        return ()
-    rows = shape[0] if len(shape) else 1
-    cols = math.prod(shape) // rows
-    runs: list[RowRun] = []
-    at = start
-    while at < stop:
-        row, offset = divmod(at, cols)
-        whole = (stop - at) // cols if offset == 0 else 0
-        if whole:
-            runs.append(RowRun(at - start, whole, cols))
-            at += whole * cols
-        else:
-            length = min(cols - offset, stop - at)
-            runs.append(RowRun(at - start, 1, length, torch.tensor([row])))
-            at += length
-    return tuple(runs)

@@ -8,8 +8,9 @@ sharding requires is behind this class and the :class:`Placement` that describes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,22 @@ class Layer:
     by_rows: bool
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What one call of ``step()`` is to do.
+
+    Attributes:
+        first: whether a training step begins: sums and scalars of ALL layers are due, and the one reduction. Engines
+            that step their tensors one after another make several calls in one training step.
+        layers: the layers whose tensors are to be updated in this call.
+        groups: all parameter groups, also those that an engine hides during this call.
+    """
+
+    first: bool
+    layers: Sequence[int]
+    groups: Sequence[dict[str, Any]]
+
+
 @dataclass
 class ShardLayout:
     """The layers of one optimizer, their local pieces, and the one reduction that completes their sums.
@@ -39,6 +56,8 @@ class ShardLayout:
     Attributes:
         layers: the layers, in the optimizer's order.
         placements: for each layer, what the local tensor holds.
+        tensors: what the optimizer steps, and keeps its state for: here one parameter per layer. Ways of sharding that
+            put several layers into one tensor say in ``holders`` which one holds which.
         comm_device: where collectives run (a CPU-offloaded shard on a GPU mesh is reduced on the GPU).
         process_group: the ranks over which sums run.
         slots: for each layer, the position of each straddling row among all straddling rows: ``{row id: slot}``.
@@ -47,10 +66,16 @@ class ShardLayout:
 
     layers: Sequence[Layer]
     placements: Sequence[Placement]
+    tensors: Sequence[Tensor]
     comm_device: torch.device
     process_group: dist.ProcessGroup | None = None
     slots: list[dict[int, int]] = field(init=False)
     slot_layer: Tensor = field(init=False)
+
+    @property
+    def holders(self) -> Sequence[int]:
+        """For each layer, the place in ``tensors`` of the tensor that holds it."""
+        return range(len(self.layers))
 
     def __post_init__(self) -> None:
         straddling = [
@@ -113,19 +138,33 @@ class ShardLayout:
             union.append(sorted(rows))
         return union
 
-    @staticmethod
-    def local(tensor: Tensor) -> Tensor:
-        """The local elements of a parameter or of a state tensor made like it, sharing storage; under ``no_grad``."""
+    def local(self, index: int, tensor: Tensor) -> Tensor:
+        """A layer's local elements in the tensor that holds it, or in a state tensor made like that; under ``no_grad``.
+
+        Shares storage with ``tensor``.
+        """
         return dtensor.local(tensor)
 
-    @staticmethod
-    def local_grad(param: Tensor) -> Tensor | None:
-        """The local gradient, laid out as :meth:`local` of the parameter; ``None`` where there is none.
+    def local_grads(self, indices: Sequence[int] | None = None) -> list[Tensor | None]:
+        """The local gradients of some layers (all by default), laid out as :meth:`local`; ``None`` where there is none.
 
         Raises:
             RuntimeError: the gradient is sparse.
         """
-        return dtensor.local_grad(param)
+        which = range(len(self.layers)) if indices is None else indices
+        return [dtensor.local_grad(self.tensors[index]) for index in which]
+
+    def grad_factors(self) -> Tensor | None:
+        """float64 ``[n_layers]``: what :meth:`local_grads` has yet to be multiplied with; ``None`` for ones."""
+        return None
+
+    def turn(self, param_groups: Sequence[dict[str, Any]]) -> Turn:
+        """What one call of ``step()`` is to do."""
+        return Turn(True, range(len(self.layers)), param_groups)
+
+    def rebound(self, state: Mapping[Any, dict[str, Any]]) -> bool:
+        """Whether tensors of the state, or the storages behind them, were replaced since the last call."""
+        return False
 
     @property
     def n_slots(self) -> int:
@@ -139,18 +178,13 @@ class ShardLayout:
         table = self.slots[index]
         return torch.tensor([table[int(row)] for row in run.row_ids], dtype=torch.int64, device=device)
 
-    def shard_like(self, index: int, param: Tensor, full: Tensor) -> Tensor:
-        """The part of an unsharded tensor that corresponds to a layer's local tensor, wrapped as ``param`` is.
-
-        Args:
-            index: the layer.
-            param: its parameter on this rank.
-            full: a tensor of the unsharded layer's shape, or a DTensor of it.
-        """
-        offset = self.placements[index].offset
+    def local_of_full(self, index: int, full: Tensor) -> Tensor:
+        """The local elements of a layer out of a tensor of the unsharded layer's shape (or a DTensor of it)."""
+        offset, param = self.placements[index].offset, self.tensors[index]
         if offset is None:
-            return dtensor.shard_like(param, full)
-        return full.detach().reshape(-1)[offset : offset + param.numel()].to(param.device).clone()
+            return dtensor.local(dtensor.shard_like(param, full))
+        numel = self.placements[index].numel
+        return full.detach().reshape(-1)[offset : offset + numel].to(param.device).clone()
 
     @torch.no_grad()
     def reduce_(self, sums: Tensor, row_sums: Tensor) -> None:
@@ -204,4 +238,4 @@ def layout_for(
         Layer(name, placed.shape, rows and len(placed.shape) > 1)
         for name, placed, rows in zip(names, placements, by_rows, strict=True)
     ]
-    return ShardLayout(layers, placements, devices.pop() if devices else torch.device("cpu"), process_group)
+    return ShardLayout(layers, placements, params, devices.pop() if devices else torch.device("cpu"), process_group)

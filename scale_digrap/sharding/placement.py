@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,3 +47,35 @@ class Placement:
     shards: int
     runs: tuple[RowRun, ...]
     offset: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the layer on this rank."""
+        return sum(run.rows * run.cols for run in self.runs)
+
+
+def flat_runs(shape: Sequence[int], start: int, stop: int) -> tuple[RowRun, ...]:
+    """The rows that elements ``[start, stop)`` of a flattened layer hold: a part, whole rows, a part.
+
+    Args:
+        shape: shape of the unsharded layer.
+        start: first element, counted in the flattened layer.
+        stop: one past the last element.
+    """
+    if stop <= start:
+        return ()
+    rows = shape[0] if len(shape) else 1
+    cols = math.prod(shape) // rows
+    runs: list[RowRun] = []
+    at = start
+    while at < stop:
+        row, offset = divmod(at, cols)
+        whole = (stop - at) // cols if offset == 0 else 0
+        if whole:
+            runs.append(RowRun(at - start, whole, cols))
+            at += whole * cols
+        else:
+            length = min(cols - offset, stop - at)
+            runs.append(RowRun(at - start, 1, length, torch.tensor([row])))
+            at += length
+    return tuple(runs)
