@@ -34,8 +34,8 @@ class ShardStore:
     """Local paths of shards, wherever they lie.
 
     Remote shards are fetched whole into `cache_dir`: one download per node, resumed where one broke off, checked by
-    size and checksum. Shards in use are pinned; others make room, the least recently used first. Any number of processes and
-    threads may share a cache; a store may be forked or pickled.
+    size and checksum. Shards in use are pinned; others make room, the least recently used first. Any processes
+    and threads may share a cache; a store may be forked or pickled.
 
     A file in the cache is trusted if it is complete and has the manifest's checksum; a remote shard that is rewritten
     without a manifest is not noticed.

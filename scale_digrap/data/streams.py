@@ -149,13 +149,18 @@ class _HttpStream:
         self._chunked = bool(getattr(response, "chunked", False))
 
     def _refused(self, error: urllib.error.HTTPError, offset: int) -> Exception:
-        text = f"{self._where}: the server answers {error.code} {error.reason}"
+        # Not the error's own words: they may quote the address of a redirect, with its signature.
+        text = f"the server answers {error.code} {http.client.responses.get(error.code, '')}"
         if error.code == 416:
             return TryAgainError(f"the server has no bytes from {offset} on", fresh=True)
+        if error.code < 400:
+            return FetchError(f"{self._where}: redirects without end, or to something that is not on the web: refused")
         if error.code in _PERMANENT:
-            return FetchError(text, missing=error.code in (404, 410), denied=error.code in (401, 403))
+            return FetchError(
+                f"{self._where}: {text}", missing=error.code in (404, 410), denied=error.code in (401, 403)
+            )
         after = error.headers.get("Retry-After", "")
-        return TryAgainError(f"the server answers {error.code} {error.reason}", after=_seconds(after))
+        return TryAgainError(text, after=_seconds(after))
 
     def read(self) -> bytes:
         try:
