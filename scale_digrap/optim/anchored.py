@@ -195,6 +195,11 @@ class AnchoredOptimizer(Optimizer):
             raise ValueError(f"the optimizer's state has no {LAYER_STATE!r}: it was written by another optimizer")
         self._pack(saved or {})
 
+    @property
+    def layout(self) -> ShardLayout | None:
+        """Where the layers live; ``None`` before :meth:`init_state`."""
+        return self._layout
+
     def _take_layer_state(self) -> dict[str, dict[str, float]] | None:
         """Per-layer scalars that a checkpoint has put into the parameter groups, by layer name; options go back too."""
         found = [group.pop(LAYER_STATE) for group in self.param_groups if LAYER_STATE in group]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from scale_digrap.sharding import dtensor, fsdp1
 from scale_digrap.sharding.placement import Placement, RowRun
@@ -153,6 +154,10 @@ class ShardLayout:
         """
         which = range(len(self.layers)) if indices is None else indices
         return [dtensor.local_grad(self.tensors[index]) for index in which]
+
+    def full(self, index: int, tensor: Tensor) -> Tensor:
+        """A layer's unsharded tensor, out of the tensor that holds it or a state tensor made like that; collective."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
     def grad_factors(self) -> Tensor | None:
         """float64 ``[n_layers]``: what :meth:`local_grads` has yet to be multiplied with; ``None`` for ones."""

@@ -1,0 +1,305 @@
+"""DiGraP under DeepSpeed: ``initialize`` or ``attach``, and what a checkpoint needs on another number of ranks.
+
+Example::
+
+    optimizer = DiGraP(model.named_parameters(), lr=1e-5)
+    engine, *_ = scale_digrap.deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    # or, where something else calls deepspeed.initialize:
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    scale_digrap.deepspeed.attach(engine)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.sharding.zero import ZeroLayout, full_shape, prove, read_table
+
+
+class DeepSpeedError(ScaleDigrapError):
+    """A DeepSpeed configuration or engine under which an anchored optimizer would be wrong, or was never tried."""
+
+
+def skip_cpu_communication_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory communication op, on machines without an accelerator.
+
+    The build takes minutes at the first ``init_distributed``, and one that is killed leaves a lock on which every later
+    run sleeps. gloo does its work. Call it before ``deepspeed.init_distributed`` and ``deepspeed.initialize``.
+    """
+    if torch.cuda.is_available():
+        return
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def initialize(
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any] | str | Path,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` followed by :func:`attach`, for a client optimizer of this package or any other.
+
+    Args:
+        model, kwargs: as ``deepspeed.initialize``.
+        optimizer: its anchors are captured here, from the model's weights: load the pre-trained ones first.
+        config: DeepSpeed's, a dictionary or a JSON file. The two switches that DeepSpeed asks of a client optimizer
+            are set where they are missing.
+
+    Returns:
+        engine, DeepSpeed's optimizer wrapper, data loader, learning-rate scheduler.
+
+    Raises:
+        DeepSpeedError: a configuration that cannot work, before anything is built; see also :func:`attach`.
+    """
+    import deepspeed
+
+    skip_cpu_communication_op()
+    settings = _read_config(config)
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    if isinstance(optimizer, AnchoredOptimizer):
+        _check_config(settings)
+    result = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **kwargs)
+    attach(result[0])
+    return result
+
+
+def attach(engine: Any) -> None:
+    """Tell the engine's client optimizer where its layers lie in ZeRO's partitions, and capture the anchors.
+
+    Call it once, right after ``deepspeed.initialize`` and before ``engine.load_checkpoint``; a collective call. It
+    proves its table of segments by value and by coverage over the ranks. Does nothing for other optimizers.
+
+    Args:
+        engine: a ``DeepSpeedEngine``, stage 0 to 3.
+
+    Raises:
+        DeepSpeedError: a feature under which the layers cannot be told, or which was never tried with this optimizer.
+        ZeroLayoutError: the partitions are not laid out as known here.
+        ValueError: as ``AnchoredOptimizer.init_state``.
+    """
+    optimizer = client_optimizer(engine)
+    if not isinstance(optimizer, AnchoredOptimizer):
+        return
+    _check_engine(engine)
+    if engine.optimizer is optimizer:  # stage 0 in fp32: the parameters themselves
+        optimizer.init_state()
+        return
+    table = read_table(engine)
+    given = {id(param): name for name, param in optimizer.given_parameters}
+    in_model = {id(param): name for name, param in engine.module.named_parameters()}
+    numbered = all(name == f"param_{i}" for i, (name, _) in enumerate(optimizer.given_parameters))
+    names = []
+    for param in table.params:
+        name = in_model.get(id(param)) if numbered else given.get(id(param))
+        if name is None:
+            raise DeepSpeedError(
+                f"the engine trains a parameter of shape {tuple(full_shape(param))} that {type(optimizer).__name__} was "
+                "not given: build the optimizer from the parameters of the model that goes to deepspeed.initialize"
+            )
+        names.append(name)
+    prove(table, names)
+    group_of = [table.flat_groups[k] for k in table.holders]
+    optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, by_rows, engine.optimizer))
+    _guard_step(engine.optimizer, optimizer, _watch_gradients(engine.optimizer, table.params))
+
+
+def client_optimizer(engine: Any) -> Any:
+    """The optimizer that was given to ``deepspeed.initialize``."""
+    wrapper = engine.optimizer
+    return getattr(wrapper, "optimizer", wrapper)
+
+
+@torch.no_grad()
+def full_tensors(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
+    """Every layer's unsharded tensor, one at a time, on every rank: memory for one layer. A collective call.
+
+    Args:
+        engine: with an attached optimizer.
+        key: ``"param"`` (the fp32 weights that the optimizer steps), ``"anchor"``, ``"exp_avg"`` or ``"exp_avg_sq"``.
+
+    Yields:
+        layer name, tensor of the unsharded shape on the engine's device in the state's dtype. Layers without the key
+        (a zero anchor) are left out.
+
+    Raises:
+        DeepSpeedError: the optimizer is not attached.
+    """
+    optimizer = client_optimizer(engine)
+    layout = optimizer.layout if isinstance(optimizer, AnchoredOptimizer) else None
+    if layout is None:
+        raise DeepSpeedError(f"{type(optimizer).__name__} keeps no layers: attach a DiGraP optimizer first")
+    for index, layer in enumerate(layout.layers):
+        holder = layout.tensors[layout.holders[index]]
+        tensor = holder if key == "param" else optimizer.state[holder].get(key)
+        if tensor is not None:
+            yield layer.name, layout.full(index, tensor)
+
+
+# -- one training step -------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Which parameters have had a gradient since the last step.
+
+    ZeRO-3 keeps the gradient of the last step that had one: a parameter that is unused in this step would be stepped
+    with it again, and would count in the norm that everything is clipped by. It is set to zero here, before the norm,
+    or before a late micro-batch adds to it.
+    """
+
+    def __init__(self, zero: Any, params: Any) -> None:
+        self._zero, self._params = zero, list(params)
+        self.touched: set[int] = set()
+        for index, param in enumerate(self._params):
+            param.register_hook(self._hook(index))
+
+    def _hook(self, index: int) -> Any:
+        own = weakref.ref(self)
+
+        def mark(_: Tensor) -> None:
+            watch = own()
+            if watch is not None and index not in watch.touched:
+                watch.touched.add(index)
+                if watch._zero.micro_step_id > 0:
+                    watch._clear(index)
+
+        return mark
+
+    def _clear(self, index: int) -> None:
+        from deepspeed.utils import safe_set_local_grad
+
+        param = self._params[index]
+        safe_set_local_grad(param, torch.zeros_like(param.ds_tensor))
+
+    def take(self) -> set[int]:
+        """The touched layers; begins anew."""
+        touched, self.touched = self.touched, set()
+        for index in set(range(len(self._params))) - touched:
+            self._clear(index)
+        return touched
+
+
+def _watch_gradients(zero: Any, params: Any) -> _Watch | None:
+    return _Watch(zero, params) if type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" else None
+
+
+def _guard_step(zero: Any, optimizer: AnchoredOptimizer, watch: _Watch | None) -> None:
+    """Tell the layout when a training step begins and ends: the optimizer itself is called once per partition."""
+    original = zero.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer.init_state()
+        layout = optimizer.layout
+        layout.begin(optimizer.param_groups, watch.take() if watch else None)
+        result = original(*args, **kwargs)
+        layout.end()
+        return result
+
+    step.attached = True  # type: ignore[attr-defined]
+    zero.step = step
+
+
+# -- what cannot work --------------------------------------------------------------------------------------------------
+
+
+def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config))
+    path = Path(config)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeepSpeedError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DeepSpeedError(f"the DeepSpeed configuration {path} is not JSON: {error}") from None
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """What is certain to be refused is refused before the model is partitioned."""
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if "optimizer" in config:
+        raise DeepSpeedError("the DeepSpeed configuration names an optimizer too: remove its 'optimizer' section")
+    if not config["zero_allow_untested_optimizer"] or config["zero_force_ds_cpu_optimizer"]:
+        raise DeepSpeedError(
+            "a client optimizer needs zero_allow_untested_optimizer=true and zero_force_ds_cpu_optimizer=false: remove "
+            "both from the DeepSpeed configuration"
+        )
+    for wrong, reason in (
+        (zero.get("elastic_checkpoint"), _ELASTIC),
+        (offload.get("device") == "nvme", _NVME),
+        ((zero.get("offload_param") or {}).get("device") == "nvme", _NVME),
+        (float(offload.get("ratio", 1.0)) < 1.0, _PARTIAL),
+        (offload.get("super_offload"), _SUPER),
+        (zero.get("zenflow"), _ZENFLOW),
+    ):
+        if wrong:
+            raise DeepSpeedError(reason)
+
+
+_ELASTIC = (
+    "zero_optimization.elastic_checkpoint truncates per-layer state when it saves: remove it; a checkpoint for another "
+    "number of ranks is a Universal Checkpoint"
+)
+_NVME = "NVMe offload swaps only Adam's own state, all of one dtype: use offload_optimizer.device=cpu"
+_PARTIAL = "offload_optimizer.ratio below 1 steps a part of each partition in DeepSpeed's own Adam: use ratio=1"
+_SUPER = "SuperOffload steps partitions in DeepSpeed's own Adam, in other processes: remove super_offload"
+_ZENFLOW = "ZenFlow steps chosen columns in DeepSpeed's own Adam: remove zenflow"
+
+
+def _check_engine(engine: Any) -> None:
+    zero = engine.optimizer
+    if getattr(zero.step, "attached", False):
+        raise DeepSpeedError("this engine's optimizer is attached already: scale_digrap.deepspeed.initialize does it")
+    mpu = getattr(engine, "mpu", None)
+    tensor_parallel = max(
+        int(engine.autotp_size() or 0) if hasattr(engine, "autotp_size") else 0,
+        int(mpu.get_model_parallel_world_size()) if mpu is not None else 1,
+    )
+    for wrong, reason in (
+        (getattr(zero, "elastic_checkpoint", False), _ELASTIC),
+        (getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False), _NVME),
+        (getattr(zero, "partial_offload", 1.0) not in (None, 1.0, 0.0, False, True), _PARTIAL),
+        (hasattr(engine, "super_offload") and engine.super_offload(), _SUPER),
+        (getattr(zero, "zenflow", False), _ZENFLOW),
+        (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers are partitioned over other ranks"),
+        (tensor_parallel > 1, _tensor_parallel_reason(engine)),
+        (
+            getattr(zero, "torch_autocast_gradscaler", None) is not None,
+            "torch's GradScaler may skip a step on one rank alone: use bf16",
+        ),
+        (
+            hasattr(engine, "is_deepcompile_enabled") and engine.is_deepcompile_enabled(),
+            "DeepCompile reduces gradients in a graph of its own: remove compile.deepcompile",
+        ),
+    ):
+        if wrong:
+            raise DeepSpeedError(reason)
+
+
+def _tensor_parallel_reason(engine: Any) -> str:
+    names = [
+        name
+        for name, param in engine.module.named_parameters()
+        if getattr(param, "tensor_model_parallel", False) or getattr(param, "ds_tp_meta", None) is not None
+    ]
+    first = f" (first: {names[0]!r})" if names else ""
+    return (
+        f"tensor-parallel layers{first} are cut over other ranks than ZeRO's, and their sums would be incomplete: use "
+        "ZeRO alone, or FSDP2 with tensor parallelism, which is supported"
+    )
