@@ -27,6 +27,10 @@ _MAPPING = "mapping"
 LAYER_STATE = "layer_state"
 
 
+class UnattachedError(RuntimeError):
+    """``step()`` on tensors that an engine has put in place of the parameters."""
+
+
 class AnchoredOptimizer(Optimizer):
     """Base of the optimizers that pull towards pre-trained weights; options as in :class:`scale_digrap.DiGraP`."""
 
@@ -156,11 +160,16 @@ class AnchoredOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if all(id(param) in known for param in params) and (params or not self._given):
             return
-        raise RuntimeError(
+        raise UnattachedError(
             f"{type(self).__name__} was made for {len(self._given)} parameters, but has other tensors now: "
             "DeepSpeed's ZeRO steps flat partitions that cut through layers, where a layer-wise update would be "
             "silently wrong. After deepspeed.initialize(...), add: scale_digrap.deepspeed.attach(engine)"
         )
+
+    def _zero_gradients(self) -> bool:
+        """Whether no gradient says anything: engines take such a step to make the optimizer create its state."""
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        return not any(bool(grad.any()) for grad in grads)
 
     # -- tensors that an engine has put in place of the parameters ----------------------------------------------------
 

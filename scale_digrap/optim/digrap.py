@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_digrap.optim import functional as F  # noqa: N812
-from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.anchored import AnchoredOptimizer, UnattachedError
 from scale_digrap.optim.telemetry import LayerStats
 
 logger = logging.getLogger(__name__)
@@ -306,14 +306,20 @@ class DiGraP(AnchoredOptimizer):
             the closure's loss, or ``None``.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: a sparse gradient; DeepSpeed has replaced the parameters and nobody has called
+                ``scale_digrap.deepspeed.attach``.
             ValueError: see :meth:`init_state`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.init_state()
+        try:
+            self.init_state()
+        except UnattachedError:
+            if self._zero_gradients():
+                return loss
+            raise
         layout = self._layout
         assert layout is not None
         if not self._names:

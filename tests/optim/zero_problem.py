@@ -5,7 +5,6 @@ The loss is ½ ‖θ − target‖² of every layer, so that its gradient is kno
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor.debug import CommDebugMode
 
 import scale_digrap.deepspeed
 from scale_digrap import DiGraP
@@ -117,13 +115,11 @@ def train_zero(
     gradients: list[dict[str, Tensor]] = []
     if record:
         given_gradients(engine, gradients)
-    collectives, peak, one = [], 0.0, sum_counter(optimizer)
+    reductions, peak, count = [], 0.0, sum_counter(optimizer)
     for t in range(steps):
-        counts: Any = CommDebugMode() if t % 20 == 5 else contextlib.nullcontext()
-        before = one[0]
-        with counts:
-            run_step(engine, t, accumulate)
-        collectives.append(one[0] - before)
+        before = count[0]
+        run_step(engine, t, accumulate)
+        reductions.append(count[0] - before)
         peak = max(peak, max(stats.omega for stats in optimizer.layer_stats().values()))
     layout = optimizer.layout
     return {
@@ -133,7 +129,7 @@ def train_zero(
         "stats": optimizer.layer_stats(),
         "grad_norm": optimizer.grad_norm(),
         "peak_omega": peak,
-        "reductions": collectives,
+        "reductions": reductions,
         "straddling_rows": layout.n_slots,
         "flats": len(layout.tensors),
         "empty": sum(placed.numel == 0 for placed in layout.placements),
