@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.zero_config import ZeroConfig, zero_problem
 
 
 class ConfigError(ScaleDigrapError):
@@ -196,21 +197,25 @@ class ShardingConfig:
     """How model, gradients and optimizer state are spread over the ranks."""
 
     engine: str = "fsdp"
-    """``fsdp`` (FSDP2). With one process nothing is sharded."""
+    """``fsdp`` (FSDP2) or ``deepspeed`` (ZeRO). With one process nothing is sharded."""
+
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """DeepSpeed's settings."""
 
     dp_replicate_size: int = 1
-    """HSDP: number of replicas; each shards over ranks / dp_replicate_size."""
+    """FSDP: number of replicas (HSDP); each shards over ranks / dp_replicate_size."""
 
     wrap: list[str] = field(default_factory=list)
-    """Regular expressions (``re.fullmatch`` on module names) of what is an FSDP unit of its own besides the root.
-    Empty: every block of the language model. Keep a vision tower in the root unit when some batches have no image."""
+    """FSDP: regular expressions (``re.fullmatch`` on module names) of the units besides the root. Empty:
+    every block of the language model. Keep a vision tower in the root unit when some batches have no image."""
 
     load_sharded: bool = True
     """Read a checkpoint straight into the shards. False: every rank reads all of it first (memory for one full copy per
     rank), for an architecture without a sharding plan in Transformers."""
 
     reshard_after_forward: bool = True
-    """Free gathered weights after the forward pass and gather again in the backward pass: less memory, more traffic."""
+    """FSDP: free gathered weights after the forward pass and gather them again in the backward pass: less memory, more
+    traffic."""
 
 
 @dataclass(kw_only=True)
@@ -316,7 +321,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("cosine", "linear", "constant"),
     "training.precision": ("fp32", "bf16"),
     "training.device": ("auto", "cpu", "cuda"),
-    "sharding.engine": ("fsdp",),
+    "sharding.engine": ("fsdp", "deepspeed"),
     "checkpoint.final_dtype": ("float32", "bfloat16"),
 }
 SUITE_CHOICES: dict[str, tuple[str, ...]] = {
@@ -449,6 +454,9 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "optimizer.anchor=initial anchors LoRA adapters at their random initialisation: use auto or zero"
         )
+    problem = zero_problem(config)
+    if problem is not None:
+        raise ConfigError(problem)
     if not str(config.run_dir).strip():
         raise ConfigError("run_dir is empty: name a folder for logs and checkpoints")
 
@@ -499,7 +507,7 @@ def _check_keys(values: Any, schema: type, prefix: tuple[str, ...]) -> None:
         kind: Any = hints[key]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             _check_keys(value, kind, path)
-        elif get_origin(kind) is dict and isinstance(value, dict):
+        elif get_origin(kind) is dict and isinstance(value, dict) and dataclasses.is_dataclass(get_args(kind)[1]):
             item = get_args(kind)[1]
             for name, entry in value.items():
                 _check_keys(entry, item, (*path, str(name)))

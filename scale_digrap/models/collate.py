@@ -75,6 +75,11 @@ class VqaCollator:
 
     Works for batches with images, without any, and mixed ones. A sample without an image gets the same prompt without
     image tokens; a batch without any image has no ``pixel_values``.
+
+    Attributes:
+        always_image: give a batch without any image one more row, its last, with a blank image and no label. It changes
+            neither loss nor gradient, and every rank runs the vision tower in every batch: ZeRO's collectives follow
+            the modules that a rank runs, and ranks that run others wait for each other for ever.
     """
 
     def __init__(self, processor: Any, template: PromptTemplate, max_length: int | None = None) -> None:
@@ -83,6 +88,7 @@ class VqaCollator:
         self.template = template
         self.max_length = max_length
         self.truncated = 0
+        self.always_image = False
         self._paligemma = type(processor).__name__ == "PaliGemmaProcessor"
         self._chat = template.use_chat_template and bool(getattr(processor, "chat_template", None))
         if self.tokenizer.eos_token_id is None:
@@ -112,6 +118,9 @@ class VqaCollator:
                     row[name] = row[name] + [fill] * len(answer)
             row["input_ids"] = row["input_ids"] + answer
             row["attention_mask"] = [1] * len(row["input_ids"])
+        if self.always_image and not image_inputs:
+            row, image_inputs = self._blank()
+            rows.append({**row, "labels": [IGNORE] * len(row["input_ids"])})
         return {**self._pad(rows, left=False), **image_inputs}
 
     def generate(self, samples: Sequence[VqaSample]) -> Batch:
@@ -120,6 +129,9 @@ class VqaCollator:
         rows, image_inputs = self._prompts(samples, reserve=[0] * len(samples))
         for row in rows:
             row["attention_mask"] = [1] * len(row["input_ids"])
+        if self.always_image and not image_inputs:
+            row, image_inputs = self._blank()
+            rows.append(row)
         return {**self._pad(rows, left=True), **image_inputs}
 
     def decode(self, tokens: torch.Tensor, prompt_length: int) -> list[str]:
@@ -199,8 +211,13 @@ class VqaCollator:
     @cached_property
     def _token_inputs(self) -> list[str]:
         """Names of the per-token inputs besides ``input_ids`` that this processor makes: asked by trying it once."""
-        rows, _ = self._tokenise(["?"], [0], [], {0: Image.new("RGB", (64, 64))})
-        return [name for name in rows[0] if name != "input_ids"]
+        row, _ = self._blank()
+        return [name for name in row if name not in ("input_ids", "attention_mask")]
+
+    def _blank(self) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
+        """The row of a question about a blank image, and its image tensors."""
+        (row,), image_inputs = self._tokenise(["?"], [0], [], {0: Image.new("RGB", (64, 64))})
+        return {**row, "attention_mask": [1] * len(row["input_ids"])}, image_inputs
 
     def _prompt_text(self, question: str, *, with_image: bool) -> str:
         prompt = self.template.render(question)

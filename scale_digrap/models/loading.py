@@ -102,6 +102,7 @@ def load_model(
     lora: LoraConfig | None = None,
     precision: str = "fp32",
     seed: int = 0,
+    trained_dtype: torch.dtype = torch.float32,
     load_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for training: adapters in, frozen parameters marked, trained ones fp32.
@@ -112,6 +113,7 @@ def load_model(
         lora: adapters; None or not enabled trains the weights themselves.
         precision: ``fp32`` or ``bf16``; the dtype of frozen weights under LoRA.
         seed: of whatever is initialised here (adapters, new layers): the same on every rank.
+        trained_dtype: dtype of trained parameters; another than fp32 needs an engine that keeps fp32 masters.
         load_kwargs: more arguments of ``from_pretrained`` (an engine passes ``distributed_config``).
 
     Raises:
@@ -123,7 +125,7 @@ def load_model(
     name = adapter or config.path
     base = resolve_path(name)
     use_lora = (lora is not None and lora.enabled) or adapter is not None
-    dtype = PRECISION_DTYPE[precision] if use_lora else torch.float32
+    dtype = PRECISION_DTYPE[precision] if use_lora else trained_dtype
     with _seeded(seed):
         model, missing = _from_pretrained(base, config, dtype, dict(load_kwargs or {}))
         if adapter is not None:
@@ -138,7 +140,7 @@ def load_model(
     new_layers = _new_layers(model, config, missing)
     if config.freeze:
         freeze(model, config.freeze)
-    _train_in_fp32(model)
+    _train_in(model, trained_dtype)
     adapters = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
     processor = load_processor(config)
     return LoadedModel(
@@ -220,14 +222,14 @@ def _load_adapter(model: nn.Module, path: str) -> nn.Module:
     return PeftModel.from_pretrained(model, path, is_trainable=True)  # type: ignore[arg-type]
 
 
-def _train_in_fp32(model: nn.Module) -> None:
-    """Trained parameters to fp32, wherever they live; frozen ones keep their dtype."""
+def _train_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Trained parameters to ``dtype``, wherever they live; frozen ones keep theirs."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if tensor.requires_grad and tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.requires_grad and tensor.is_floating_point() else tensor
 
     # Module._apply keeps tied parameters tied and is what FSDP2 supports for changing the dtype of its shards.
-    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+    if any(p.requires_grad and p.dtype != dtype for p in model.parameters()):
         model._apply(cast)
 
 

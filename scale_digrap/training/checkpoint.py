@@ -11,37 +11,23 @@ import copy
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForImageTextToText
 
 from scale_digrap.data.loader import TrainLoader
-from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.loading import LoadedModel, quiet
-from scale_digrap.training.engine import Engine
+from scale_digrap.training.engine import CheckpointError, Engine
 
 _STEP = re.compile(r"step-(\d+)")
 _META = "trainer.json"
-_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-
-
-class CheckpointError(ScaleDigrapError):
-    """A checkpoint that cannot be written or read."""
+_ENGINE_FILES = (".metadata", "latest")  # torch's distributed checkpoint, DeepSpeed's
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,8 @@ class RunState:
     scheduler: dict[str, Any]
     optimizer: str
     samples: int
+    layout: dict[str, Any] = field(default_factory=lambda: {"engine": "fsdp"})
+    """The writing engine's ``state_layout``."""
 
 
 def completed(folder: Path) -> list[tuple[int, Path]]:
@@ -60,7 +48,7 @@ def completed(folder: Path) -> list[tuple[int, Path]]:
     found = []
     for path in folder.iterdir() if folder.is_dir() else []:
         match = _STEP.fullmatch(path.name)  # fullmatch: step-12.tmp is not a checkpoint
-        if match and (path / _META).is_file() and (path / ".metadata").is_file():
+        if match and _is_whole(path):
             found.append((int(match.group(1)), path))
     return sorted(found)
 
@@ -77,9 +65,16 @@ def find(folder: Path, resume: str) -> Path | None:
         checkpoints = completed(folder)
         return checkpoints[-1][1] if checkpoints else None
     path = Path(resume)
-    if not (path / _META).is_file() or not (path / ".metadata").is_file():
-        raise CheckpointError(f"checkpoint.resume={resume!r} is no whole checkpoint (no {_META} or no .metadata in it)")
+    if not _is_whole(path):
+        raise CheckpointError(
+            f"checkpoint.resume={resume!r} is no whole checkpoint ({_META} and one of {', '.join(_ENGINE_FILES)} must "
+            f"be in it)"
+        )
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / _META).is_file() and any((path / name).is_file() for name in _ENGINE_FILES)
 
 
 def save(
@@ -104,10 +99,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     engine.barrier()
-    try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=partial)
-    except (CheckpointException, OSError) as error:  # CheckpointException is a BaseException
-        raise CheckpointError(f"cannot write {partial}: {_short(error)}") from error
+    engine.save_state(partial, model, optimizer)
     if engine.rank == 0:
         state = RunState(
             step=step,
@@ -115,6 +107,7 @@ def save(
             scheduler={name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
             optimizer=type(optimizer).__name__,
             samples=loader.consumed,
+            layout=engine.state_layout(),
         )
         (partial / _META).write_text(json.dumps(asdict(state)), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
@@ -126,12 +119,13 @@ def save(
 
 
 def load(
-    path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: TrainLoader
+    path: Path, *, engine: Engine, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: TrainLoader
 ) -> RunState:
-    """Read a checkpoint into live objects, whatever the number of ranks that wrote it.
+    """Read a checkpoint into live objects; FSDP's, whatever the number of ranks that wrote it.
 
     Raises:
-        CheckpointError: another optimizer, or a file that is missing or damaged. The model may then hold a mixture.
+        CheckpointError: another optimizer or engine, or a file that is missing or damaged. The model may then hold a
+            mixture.
     """
     state = RunState(**json.loads((path / _META).read_text(encoding="utf-8")))
     if state.optimizer != type(optimizer).__name__:
@@ -139,13 +133,13 @@ def load(
             f"{path} was written with {state.optimizer}, this run uses {type(optimizer).__name__}: set "
             f"checkpoint.resume=never or another run_dir"
         )
-    tensors = _tensors(model, optimizer)
-    try:
-        dcp.load(tensors, checkpoint_id=path)
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {_short(error)}") from error
-    set_model_state_dict(model, tensors["model"], options=_TRAINED_ONLY)
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_TRAINED_ONLY)
+    here = engine.state_layout()
+    if state.layout != here:
+        raise CheckpointError(
+            f"{path} was written with {_describe(state.layout)}, this run uses {_describe(here)}: use the same, or set "
+            f"checkpoint.resume=never or another run_dir"
+        )
+    engine.load_state(path, model, optimizer)
     scheduler.load_state_dict({**scheduler.state_dict(), **state.scheduler})
     loader.load_state_dict(state.loader)
     return state
@@ -162,8 +156,7 @@ def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str 
     """
     model: Any = loaded.model
     is_adapter = hasattr(model, "peft_config")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    state = engine.full_state(model, trained_only=is_adapter)
     if engine.rank == 0:
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,13 +188,5 @@ def _twin(model: nn.Module) -> Any:
     return twin
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model, options=_TRAINED_ONLY),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
-    }
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:397] + "..."
+def _describe(layout: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in layout.items())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from scale_digrap.config import Config
 from scale_digrap.errors import ScaleDigrapError
@@ -16,6 +19,21 @@ from scale_digrap.models.loading import LoadedModel
 
 class TrainingError(ScaleDigrapError):
     """A run that cannot go on."""
+
+
+class CheckpointError(ScaleDigrapError):
+    """A checkpoint that cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one optimizer step."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping; not finite for a skipped step."""
+
+    skipped: bool
+    """The gradient was not finite, and nothing changed on any rank."""
 
 
 class Engine(Protocol):
@@ -33,8 +51,21 @@ class Engine(Protocol):
     dp_world_size: int
     device: torch.device
 
-    def load(self, config: Config) -> LoadedModel:
-        """The model on this rank's device, sharded, with trained parameters in fp32."""
+    def load(self, config: Config, *, train: bool = True) -> LoadedModel:
+        """The model on this rank's device, sharded, with trained parameters (or their masters) in fp32.
+
+        Args:
+            config: the run's.
+            train: False for a model that is only evaluated, and not handed to :meth:`prepare`.
+        """
+        ...
+
+    def prepare(self, loaded: LoadedModel, config: Config) -> tuple[nn.Module, Optimizer]:
+        """What to call for a forward pass, and the optimizer, with the model's values now as its anchors."""
+        ...
+
+    def anchors(self, loaded: LoadedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+        """The anchors that the optimizer holds, by parameter name and laid out like the parameters. Collective."""
         ...
 
     def compute(self) -> AbstractContextManager[Any]:
@@ -42,19 +73,45 @@ class Engine(Protocol):
         ...
 
     def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients. They are reduced over the ranks (averaged) only with ``last``."""
+        """Accumulate gradients: they add up over calls, and are averaged over the ranks by the time of ``step``.
+
+        Args:
+            model: what ``prepare`` returned.
+            loss: of this micro-batch.
+            last: this is the last one before ``step``.
+        """
         ...
 
-    def finish_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every trained parameter a gradient: the same set on every rank, whatever its batches held."""
+    def step(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Update:
+        """Clip, update, free the gradients; a step with a non-finite gradient is skipped on all ranks."""
         ...
 
-    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> float:
-        """Global L2 norm of all gradients, equal on all ranks."""
+    def finish(self, model: nn.Module) -> None:
+        """After the last step: whoever reads or evaluates the model next must see the last update."""
         ...
 
-    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
-        """Multiply all gradients by a number."""
+    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Write trained parameters and optimizer state from all ranks into an empty folder.
+
+        Raises:
+            CheckpointError: writing failed.
+        """
+        ...
+
+    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Read what :meth:`save_state` wrote.
+
+        Raises:
+            CheckpointError: a file that is missing or damaged. The model may then hold a mixture.
+        """
+        ...
+
+    def state_layout(self) -> dict[str, Any]:
+        """What a checkpoint depends on besides the model: it is read by an engine of equal layout."""
+        ...
+
+    def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
+        """The unsharded state dict on rank 0, in main memory; anything on other ranks. Collective."""
         ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -80,6 +137,16 @@ def create_engine(config: Config) -> Engine:
     Raises:
         TrainingError: no such device, or ranks that do not divide as configured.
     """
+    if config.sharding.engine == "deepspeed":
+        from scale_digrap.training.zero import ZeroEngine
+
+        return ZeroEngine(config)
     from scale_digrap.training.fsdp import FsdpEngine
 
     return FsdpEngine(config)
+
+
+def short(error: BaseException) -> str:
+    """An error of another library on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."

@@ -9,41 +9,48 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 
 from scale_digrap.config import Config
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.models.select import match_names
+from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.sharding.dtensor import local, shard_count
-from scale_digrap.training.engine import TrainingError
+from scale_digrap.training.engine import CheckpointError, TrainingError, Update, short
+from scale_digrap.training.optimizer import build_optimizer, digrap_anchors
+from scale_digrap.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT = timedelta(minutes=30)  # loading a large checkpoint skews ranks by more than torch's default allows
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-class FsdpEngine:
+class FsdpEngine(Ranks):
     """See :class:`scale_digrap.training.engine.Engine`."""
 
     def __init__(self, config: Config) -> None:
-        self.device = _pick_device(config.training.device)
-        _init_distributed(self.device)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.dp_rank, self.dp_world_size = self.rank, self.world_size
-        self.precision = config.training.precision
+        super().__init__(config)
+        self.clip_norm = config.training.clip_norm
         self.replicas = config.sharding.dp_replicate_size
         if self.world_size % self.replicas:
             raise TrainingError(
@@ -52,7 +59,7 @@ class FsdpEngine:
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def load(self, config: Config) -> LoadedModel:
+    def load(self, config: Config, *, train: bool = True) -> LoadedModel:
         options: dict[str, Any] = {
             "lora": config.lora,
             "precision": self.precision,
@@ -130,6 +137,15 @@ class FsdpEngine:
                 torch.__version__,
             )
 
+    def prepare(self, loaded: LoadedModel, config: Config) -> tuple[nn.Module, Optimizer]:
+        optimizer = build_optimizer(loaded, config.optimizer)
+        if isinstance(optimizer, AnchoredOptimizer):
+            optimizer.init_state()
+        return loaded.model, optimizer
+
+    def anchors(self, loaded: LoadedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+        return digrap_anchors(optimizer)
+
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def compute(self) -> AbstractContextManager[Any]:
@@ -142,13 +158,39 @@ class FsdpEngine:
             model.set_requires_gradient_sync(last)
         loss.backward()
 
+    def step(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> Update:
+        parameters = list(parameters)
+        self.finish_gradients(parameters)
+        if self.clip_norm is None and hasattr(optimizer, "grad_norm"):
+            # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
+            before = optimizer.skipped_steps
+            optimizer.step()
+            skipped = optimizer.skipped_steps > before
+            grad_norm = math.nan if skipped else optimizer.grad_norm()
+        else:
+            grad_norm = self.grad_norm(parameters)
+            skipped = not math.isfinite(grad_norm)
+            if not skipped:
+                if self.clip_norm is not None and grad_norm > self.clip_norm:
+                    self.scale_gradients(parameters, self.clip_norm / (grad_norm + 1e-6))
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return Update(grad_norm, skipped)
+
+    def finish(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def finish_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every trained parameter a gradient: the same set on every rank, whatever its batches held."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Global L2 norm of all gradients, equal on all ranks."""
         # Each rank counts an element with weight 1 / (number of ranks that hold it), so that one sum over all ranks is
         # right for any mixture of meshes and placements; clip_grad_norm_ refuses mixed meshes.
         by_copies: dict[float, list[torch.Tensor]] = {}
@@ -166,31 +208,42 @@ class FsdpEngine:
 
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
+        """Multiply all gradients by a number."""
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
 
-    # -- between the ranks ---------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.SUM)
+    def state_layout(self) -> dict[str, Any]:
+        return {"engine": "fsdp"}  # any number of ranks
 
-    def max(self, value: float) -> float:
-        return self._reduce([value], dist.ReduceOp.MAX)[0]
+    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        try:
+            dcp.save(_tensors(model, optimizer), checkpoint_id=folder)
+        except (CheckpointException, OSError) as error:  # CheckpointException is a BaseException
+            raise CheckpointError(f"cannot write {folder}: {short(error)}") from error
 
-    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self.world_size == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=operation)
-        return tensor.tolist()
+    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        tensors = _tensors(model, optimizer)
+        try:
+            dcp.load(tensors, checkpoint_id=folder)
+        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"cannot read {folder}: {short(error)}") from error
+        set_model_state_dict(model, tensors["model"], options=_TRAINED_ONLY)
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_TRAINED_ONLY)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
+        return state
 
-    def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model, options=_TRAINED_ONLY),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
+    }
 
 
 def _units(model: Any, wrap: Sequence[str]) -> list[nn.Module]:
@@ -217,25 +270,3 @@ def _skeleton(config: Config) -> nn.Module:
     model_config = AutoConfig.from_pretrained(path, revision=config.model.revision)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(model_config)
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise TrainingError("training.device=cuda, but torch sees no CUDA device: use training.device=auto or cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
-        raise TrainingError(
-            f"local rank {index} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes, "
-            f"or set training.device=cpu"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _init_distributed(device: torch.device) -> None:
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if backend == "nccl" else None)

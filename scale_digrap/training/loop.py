@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from scale_digrap.config import Config, save_config, validate_for_training
 from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.sharding.zero3 import full_numel
 from scale_digrap.training import checkpoint
 from scale_digrap.training.engine import Engine, TrainingError, create_engine
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
-from scale_digrap.training.optimizer import build_optimizer, capture_anchors, digrap_anchors, digrap_summary
+from scale_digrap.training.optimizer import capture_anchors, digrap_summary
 from scale_digrap.training.schedule import build_schedule
 
 log = logging.getLogger(__name__)
@@ -98,9 +99,9 @@ def train(config: Config) -> TrainResult:
     )
     total_steps = count_steps(config, loader)
     # Before a checkpoint is loaded: the anchors are the pre-trained weights.
-    optimizer = build_optimizer(loaded, config.optimizer)
-    anchored = digrap_anchors(optimizer)
-    if config.training.keep_anchors and not anchored:
+    forward, optimizer = engine.prepare(loaded, config)
+    anchored = {}
+    if config.training.keep_anchors and not isinstance(optimizer, AnchoredOptimizer):
         anchored = capture_anchors(loaded, engine)
     scheduler = build_schedule(optimizer, config.schedule, total_steps)
 
@@ -109,9 +110,10 @@ def train(config: Config) -> TrainResult:
     found = checkpoint.find(folder, config.checkpoint.resume)
     engine.barrier()
     if found is not None:
-        state = checkpoint.load(found, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
+        state = checkpoint.load(
+            found, engine=engine, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader
+        )
         start = state.step
-        anchored = digrap_anchors(optimizer) or anchored
     _announce(config, engine, loaded, loader, start, total_steps, found)
 
     result = TrainResult(
@@ -126,7 +128,7 @@ def train(config: Config) -> TrainResult:
     )
     began = time.perf_counter()
     with Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start) as metrics:
-        run = _Run(config, engine, loaded, optimizer, metrics, result)
+        run = _Run(config, engine, loaded, forward, optimizer, metrics, result)
         batches = iter(loader)
         model.train()
         for step in range(start + 1, total_steps + 1):
@@ -143,9 +145,11 @@ def train(config: Config) -> TrainResult:
                     engine=engine,
                     keep=config.checkpoint.keep,
                 )
-        run.finish()
+        engine.finish(forward)
     result.seconds = time.perf_counter() - began
     engine.barrier()
+    if isinstance(optimizer, AnchoredOptimizer):
+        result.anchored = engine.anchors(loaded, optimizer)
     if start and (run_dir / "log.jsonl").is_file():
         result.history = read_log(run_dir / "log.jsonl")
     if config.checkpoint.save_final:
@@ -179,8 +183,8 @@ def _announce(
 ) -> None:
     if engine.rank != 0:
         return
-    trained = sum(parameter.numel() for parameter in loaded.trained().values())
-    total = sum(parameter.numel() for parameter in loaded.model.parameters())
+    trained = sum(map(full_numel, loaded.trained().values()))
+    total = sum(map(full_numel, loaded.model.parameters()))
     accumulation = config.training.gradient_accumulation
     log.info(
         "%s: %s of %s parameters trained with %s on %d rank(s), %s; %d samples, global batch %d, %d steps",
@@ -206,11 +210,12 @@ class _Run:
         config: Config,
         engine: Engine,
         loaded: LoadedModel,
+        forward: nn.Module,
         optimizer: Optimizer,
         metrics: Metrics,
         result: TrainResult,
     ) -> None:
-        self.config, self.engine, self.model = config, engine, loaded.model
+        self.config, self.engine, self.model = config, engine, forward
         self.optimizer, self.metrics, self.result = optimizer, metrics, result
         self.parameters = list(loaded.trained().values())
         self.skipped_in_a_row = 0
@@ -233,7 +238,8 @@ class _Run:
             [
                 sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches),
                 sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
-                sum(len(batch["labels"]) for batch in micro_batches),
+                # not the row that a collator may have added (VqaCollator.always_image): it has no answer
+                sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
             ]
         )
         # The mean over the answer tokens of all ranks and micro-batches. The engine averages gradients over the ranks,
@@ -265,26 +271,10 @@ class _Run:
 
     def _update(self, number: int) -> float:
         """Clip, step, zero; returns the gradient norm before clipping."""
-        clip = self.config.training.clip_norm
-        optimizer: Any = self.optimizer
-        self.engine.finish_gradients(self.parameters)
-        if clip is None and hasattr(optimizer, "grad_norm"):
-            # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
-            before = optimizer.skipped_steps
-            optimizer.step()
-            skipped = optimizer.skipped_steps > before
-            grad_norm = math.nan if skipped else optimizer.grad_norm()
-        else:
-            grad_norm = self.engine.grad_norm(self.parameters)
-            skipped = not math.isfinite(grad_norm)
-            if not skipped:
-                if clip is not None and grad_norm > clip:
-                    self.engine.scale_gradients(self.parameters, clip / (grad_norm + 1e-6))
-                optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.stepped = self.stepped or not skipped
-        self._count_skipped(number, skipped)
-        return grad_norm
+        update = self.engine.step(self.optimizer, self.parameters)
+        self.stepped = self.stepped or not update.skipped
+        self._count_skipped(number, update.skipped)
+        return update.grad_norm
 
     def _count_skipped(self, number: int, skipped: bool) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -316,12 +306,6 @@ class _Run:
         self.metrics.write(number, figures)
         self.result.history.append({"step": number, **figures})
         self._reset()
-
-    def finish(self) -> None:
-        """Bring the parameters back to their shards: whoever reads the model next must see the last update."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

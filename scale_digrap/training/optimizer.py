@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from scale_digrap.config import OptimizerConfig
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.sharding import zero3
 from scale_digrap.sharding.dtensor import local
 from scale_digrap.training.engine import Engine, TrainingError
 
@@ -37,7 +38,7 @@ def parameter_groups(loaded: LoadedModel, config: OptimizerConfig) -> list[dict[
 
 
 def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
-    """DiGraP or AdamW over the trained parameters; DiGraP captures its anchors here."""
+    """DiGraP or AdamW over the trained parameters; the engine has DiGraP's anchors captured."""
     groups = parameter_groups(loaded, config)
     common: dict[str, Any] = {
         "lr": config.lr,
@@ -52,7 +53,7 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         return torch.optim.AdamW(named, fused=fused or None, **common)
     from scale_digrap import DiGraP
 
-    optimizer = DiGraP(
+    return DiGraP(
         groups,
         omega_lr=config.omega_lr,
         omega_betas=(config.omega_betas[0], config.omega_betas[1]),
@@ -62,30 +63,28 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         anchor_dtype=config.anchor_dtype,
         **common,
     )
-    optimizer.init_state()
-    return optimizer
 
 
 @torch.no_grad()
 def capture_anchors(loaded: LoadedModel, engine: Engine) -> dict[str, torch.Tensor]:
-    """A copy of the pre-trained value of every trained parameter that has one and is no adapter, sharded like it.
+    """A copy of the pre-trained value of every trained parameter that has one and is no adapter, sharded like it
+    (of a parameter of ZeRO-3, the elements that are here).
 
     bfloat16 where that is exact on every rank, as DiGraP keeps its anchors.
     """
     trained = {
-        name: parameter
+        name: zero3.piece(parameter) if zero3.is_partitioned(parameter) else parameter.detach()
         for name, parameter in loaded.trained().items()
         if name not in loaded.new_layers and name not in loaded.adapters
     }
-    narrow = {name: parameter.detach().to(torch.bfloat16) for name, parameter in trained.items()}
+    narrow = {name: value.to(torch.bfloat16, copy=True) for name, value in trained.items()}
     inexact = [
-        float(not torch.equal(local(narrow[name]).to(parameter.dtype), local(parameter)))
-        for name, parameter in trained.items()
+        float(not torch.equal(local(narrow[name]).to(value.dtype), local(value))) for name, value in trained.items()
     ]
     inexact = engine.sum(inexact) if inexact else []
     return {
-        name: narrow[name] if count == 0 else parameter.detach().clone()
-        for (name, parameter), count in zip(trained.items(), inexact, strict=True)
+        name: narrow[name] if count == 0 else value.clone()
+        for (name, value), count in zip(trained.items(), inexact, strict=True)
     }
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scale_digrap.config import Config
+from scale_digrap.sharding.zero3 import full_numel
 from scale_digrap.training.loop import TrainResult, train
 
 
@@ -41,7 +42,7 @@ def summarize(result: TrainResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 2),
         "ranks": result.engine.world_size,
         "optimizer": type(result.optimizer).__name__,
-        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "trained_parameters": sum(map(full_numel, trained.values())),
         "stored_anchors": len(result.anchored),
         "skipped_steps": result.skipped_steps,
         "truncated_questions": result.collator.truncated,

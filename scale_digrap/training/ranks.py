@@ -1,0 +1,74 @@
+"""This process among the others: its device, and the small sums that the loop asks for. Both engines begin here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scale_digrap.config import Config
+from scale_digrap.training.engine import TrainingError
+
+_TIMEOUT = timedelta(minutes=30)  # loading a large checkpoint skews ranks by more than torch's default allows
+
+
+class Ranks:
+    """The part of :class:`scale_digrap.training.engine.Engine` that does not depend on the way of sharding."""
+
+    def __init__(self, config: Config, *, always_distributed: bool = False) -> None:
+        self.device = _pick_device(config.training.device)
+        _init_distributed(self.device, always_distributed)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.dp_rank, self.dp_world_size = self.rank, self.world_size
+        self.precision = config.training.precision
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=operation)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("training.device=cuda, but torch sees no CUDA device: use training.device=auto or cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise TrainingError(
+            f"local rank {index} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes, "
+            f"or set training.device=cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _init_distributed(device: torch.device, always: bool) -> None:
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    bound = device if backend == "nccl" else None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+    elif always:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)

@@ -1,0 +1,238 @@
+"""DeepSpeed ZeRO, stages 0 to 3, behind the same interface as FSDP2.
+
+DeepSpeed owns the backward pass, the reduction of gradients, clipping and the step; what it wants is one loss per
+micro-batch, already divided as the loop divides it. Full fine-tuning in bf16 is DeepSpeed's ``bf16``: bf16 parameters,
+fp32 masters. Adapters are fp32 over a base in the compute precision under autocast, as with FSDP2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from scale_digrap import deepspeed as sdds
+from scale_digrap.config import Config
+from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
+from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.sharding import zero3
+from scale_digrap.sharding.zero import ZeroLayout, prove, read_table
+from scale_digrap.training.engine import CheckpointError, TrainingError, Update, short
+from scale_digrap.training.optimizer import build_optimizer
+from scale_digrap.training.ranks import Ranks
+from scale_digrap.zero_config import deepspeed_json
+
+_TAG = "deepspeed"
+"""Folder of DeepSpeed's files inside a checkpoint."""
+
+
+class ZeroEngine(Ranks):
+    """See :class:`scale_digrap.training.engine.Engine`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, always_distributed=True)
+        _start_deepspeed(self.device)
+        self.stage = config.sharding.zero.stage
+        self.clip_norm = config.training.clip_norm
+        self.keep_anchors = config.training.keep_anchors
+        hpz = config.sharding.zero.hpz_partition_size
+        if self.world_size % hpz:
+            raise TrainingError(f"sharding.zero.hpz_partition_size={hpz} does not divide the {self.world_size} ranks")
+        self.masters = False
+        """bf16 parameters with fp32 masters."""
+        self._engine: Any = None
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def load(self, config: Config, *, train: bool = True) -> LoadedModel:
+        adapters = config.lora.enabled or _is_adapter(config)
+        self.masters = self.precision == "bf16" and not adapters
+        options: dict[str, Any] = {
+            "lora": config.lora,
+            "precision": self.precision,
+            "seed": config.training.seed,
+            "trained_dtype": torch.bfloat16 if self.masters else torch.float32,
+        }
+        if self.stage == 3 and self._reads_into_shards(config):
+            # zero.Init makes parameters of the dtype of DeepSpeed's precision, here the base's
+            with _zero_init(deepspeed_json(config, bf16=self.precision == "bf16")):
+                loaded = load_model(config.model, **options)
+        else:
+            loaded = load_model(config.model, **options)
+        loaded.collator.always_image = True
+        if not train:
+            if self.stage == 3:
+                import deepspeed
+
+                self._engine, *_ = deepspeed.initialize(
+                    model=loaded.model, config=deepspeed_json(config, bf16=self.masters)
+                )
+            else:
+                loaded.model.to(self.device)
+        return loaded
+
+    def _reads_into_shards(self, config: Config) -> bool:
+        """Weights that are not in the checkpoint, or are copied from it, need the whole model first."""
+        if config.model.new_layers or config.lora.train or _is_adapter(config):
+            return False
+        return config.sharding.load_sharded
+
+    def prepare(self, loaded: LoadedModel, config: Config) -> tuple[nn.Module, Optimizer]:
+        optimizer = build_optimizer(loaded, config.optimizer)
+        settings = deepspeed_json(config, bf16=self.masters)
+        if self.rank == 0:
+            text = json.dumps(settings, indent=2) + "\n"
+            (Path(config.run_dir) / "deepspeed.json").write_text(text, encoding="utf-8")
+        self._engine, *_ = sdds.initialize(model=loaded.model, optimizer=optimizer, config=settings)
+        return self._engine, optimizer
+
+    def anchors(self, loaded: LoadedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+        """Empty unless ``training.keep_anchors``: ZeRO's partitions cut through layers, so this is a copy.
+
+        Pieces of ZeRO-3's parameters; for the other stages, whose parameters are whole, whole and in main memory.
+        """
+        if not self.keep_anchors or not isinstance(optimizer, AnchoredOptimizer):
+            return {}
+        parameters = loaded.trained()
+        anchors = {}
+        for name, anchor in sdds.full_tensors(self._engine, "anchor"):
+            parameter = parameters[name]
+            partitioned = zero3.is_partitioned(parameter)
+            anchors[name] = zero3.cut(parameter, anchor).clone() if partitioned else anchor.cpu()
+        return anchors
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def compute(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16" and not self.masters:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        # The loss is a share of the mean over all micro-batches and needs no division by their number.
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Update:
+        engine = self._engine
+        if engine.optimizer is optimizer:  # stage 0 in fp32: DeepSpeed neither checks nor tells the norm
+            norm = _plain_norm(parameters)
+            if not math.isfinite(norm):
+                engine.zero_grad()
+                return Update(norm, True)
+            engine.step()
+            return Update(norm, False)
+        engine.step()
+        if not engine.was_step_applied():
+            return Update(math.nan, True)
+        return Update(float(engine.get_global_grad_norm()), False)
+
+    def finish(self, model: nn.Module) -> None:
+        pass  # every step ends with the updated parameters in place
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_layout(self) -> dict[str, Any]:
+        return {"engine": "deepspeed", "stage": self.stage, "precision": self.precision, "ranks": self.world_size}
+
+    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot write {folder}: {short(error)}") from error
+
+    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        try:
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+            )
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise CheckpointError(f"cannot read {folder}: {short(error)}") from error
+        if path is None:
+            raise CheckpointError(f"cannot read {folder}: DeepSpeed finds no files of its own in {folder / _TAG}")
+
+    @torch.no_grad()
+    def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
+        """One layer at a time: no rank has the whole model on its device."""
+        values: dict[int, torch.Tensor] = {}  # by parameter, because tied ones have two names
+
+        def keep(tensor: torch.Tensor, value: torch.Tensor) -> None:
+            # A clone: rank 0 must not hold a whole flat buffer by way of a view.
+            values[id(tensor)] = value.detach().cpu().clone() if self.rank == 0 else torch.empty(0)
+
+        for parameter, value in self._masters() if self.masters else ():
+            keep(parameter, value)
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if trained_only and not tensor.requires_grad:
+                continue
+            if id(tensor) not in values:
+                keep(tensor, zero3.full(tensor) if zero3.is_partitioned(tensor) else tensor)
+            state[name] = values[id(tensor)]
+        return state
+
+    def _masters(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Every trained parameter with its whole fp32 master, one at a time, for any optimizer."""
+        table = read_table(self._engine)
+        names = [f"trained parameter {index}" for index in range(len(table.params))]
+        prove(table, names)
+        layout = ZeroLayout(table, names, [False] * len(names), self._engine.optimizer)
+        for index, parameter in enumerate(table.params):
+            yield parameter, layout.full(index, table.flats[table.holders[index]])
+
+
+def _is_adapter(config: Config) -> bool:
+    return (Path(resolve_path(config.model.path)) / "adapter_config.json").is_file()
+
+
+def _plain_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Global L2 norm of whole gradients, which are equal on all ranks."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    return math.sqrt(float(norms.double().square().sum()))
+
+
+@contextmanager
+def _zero_init(settings: dict[str, Any]) -> Iterator[None]:
+    """Within the block, Transformers builds and loads models in ZeRO-3's shards.
+
+    It holds the object by a weak reference that any model built later would see too, so it must not outlive the block.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    switch = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del switch
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for the device, and hand it the process group that exists.
+
+    Raises:
+        TrainingError: it has been imported for another kind of device.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # its own guess is another where CUDA is there and not used
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator()._name
+    if name != device.type:
+        raise TrainingError(
+            f"DeepSpeed was started for {name!r} in this process, training.device means {device.type!r}: unset "
+            f"DS_ACCELERATOR, or train in a process of its own"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    sdds.skip_cpu_communication_op()
+    os.environ.setdefault("LOCAL_RANK", "0")  # a run without a launcher
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
