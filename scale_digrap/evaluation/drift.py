@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scale_digrap.evaluation.wise import local, local_anchor, reshard
+from scale_digrap.sharding import zero3
 from scale_digrap.sharding.dtensor import sharded_dims
 
 
@@ -33,7 +34,7 @@ def layer_drift(model: nn.Module, anchors: Mapping[str, Tensor] | None = None) -
     """Drift per layer, the same on every rank. Collective where the model is sharded: call it on all ranks.
 
     Args:
-        model: plain or FSDP2-sharded, full or LoRA (peft).
+        model: plain, sharded by FSDP2 or by ZeRO-3, full or LoRA (peft).
         anchors: as for `wise.interpolate`; trained parameters without one are left out (a new head has no drift).
     """
     reshard(model)
@@ -56,6 +57,8 @@ def layer_drift(model: nn.Module, anchors: Mapping[str, Tensor] | None = None) -
 
 
 def _full(parameter: Tensor) -> Tensor:
+    if zero3.is_partitioned(parameter):
+        return zero3.full(parameter)
     parameter = parameter.detach()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -63,6 +66,10 @@ def _full(parameter: Tensor) -> Tensor:
 def _full_square_sum(piece: Tensor, parameter: Tensor) -> Tensor:
     """Sum of squares of the whole tensor of which `piece` is this rank's part, float64."""
     square = piece.square().sum()
+    if zero3.is_partitioned(parameter):
+        # on the device that communicates, which the shard need not be on
+        square = square.to(parameter.device)
+        torch.distributed.all_reduce(square, group=parameter.ds_process_group)  # type: ignore[attr-defined]
     if isinstance(parameter, DTensor):
         for dim in sharded_dims(parameter):
             torch.distributed.all_reduce(square, group=parameter.device_mesh.get_group(dim))

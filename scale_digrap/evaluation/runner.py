@@ -28,6 +28,7 @@ from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.scorers import scorer
 from scale_digrap.evaluation.suites import Suite
 from scale_digrap.evaluation.wise import reshard
+from scale_digrap.sharding.zero3 import is_partitioned
 
 Progress = Callable[[str, int, int], None]
 """Called on rank 0 after each batch as (suite, batches done, batches in all); all ranks have the same number of
@@ -159,8 +160,8 @@ def evaluate(
     """Generate an answer to every question of every suite and score it.
 
     Args:
-        model: a Hugging Face model with `generate`: plain, peft, or sharded by FSDP2. Its training mode is restored
-            afterwards.
+        model: a Hugging Face model with `generate`: plain, peft, or sharded by FSDP2 or ZeRO-3. Its training mode is
+            restored afterwards.
         collator: the one that training used, so that the prompt is the same.
         suites: with their shards; names must differ.
         dp_rank, dp_world_size: this rank's place among the ranks that share the questions. With more than one, all
@@ -185,7 +186,7 @@ def evaluate(
     absent = [name for name in names if prepared is not None and name not in prepared]
     if absent:
         raise EvaluationError(f"suites {absent} were not prepared; prepared: {sorted(prepared or ())}")
-    lockstep = dp_world_size > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    lockstep = dp_world_size > 1 and any(isinstance(p, DTensor) or is_partitioned(p) for p in model.parameters())
     settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": collator.pad_id}
     settings |= {"synced_gpus": lockstep, **(generation or {})}
     share = _Share(dp_rank, dp_world_size, torch.device(device), lockstep)
@@ -328,7 +329,8 @@ def _generate(
             f"rank {share.rank} failed in generation on suite {suite.name!r} while the other ranks go on: {error!r}. "
             "End this process so that the launcher stops the others"
         ) from error
-    return collator.decode(tokens, inputs["input_ids"].shape[1])
+    # A collator may have added a row (VqaCollator.always_image).
+    return collator.decode(tokens[: len(batch.valid)], inputs["input_ids"].shape[1])
 
 
 def _anywhere(flag: bool, share: _Share) -> bool:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.sharding import dtensor
+from scale_digrap.sharding import dtensor, zero3
 
 _LORA_A = ("lora_A", "lora_embedding_A")
 _LORA_B = ("lora_B", "lora_embedding_B")
@@ -38,8 +38,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's piece: the local tensor of a DTensor, the tensor itself otherwise. Shares storage."""
-    return dtensor.local(tensor.detach())
+    """This rank's piece: the local tensor of a DTensor, ZeRO-3's slice (1-D), the tensor itself otherwise. Shares
+    storage."""
+    return zero3.piece(tensor) if zero3.is_partitioned(tensor) else dtensor.local(tensor.detach())
 
 
 def local_anchor(name: str, parameter: Tensor, anchor: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def local_anchor(name: str, parameter: Tensor, anchor: Tensor) -> Tensor:
 
     Args:
         name: the parameter's, for the error.
-        parameter: the live parameter, a DTensor or a plain tensor.
+        parameter: the live parameter: a DTensor, ZeRO-3's, or a plain tensor.
         anchor: a DTensor with the parameter's placements; the full tensor; or already this rank's piece. Any float
             dtype.
 
@@ -59,6 +60,8 @@ def local_anchor(name: str, parameter: Tensor, anchor: Tensor) -> Tensor:
         if anchor.placements != getattr(parameter, "placements", None):
             raise WiseError(f"{name}: the anchor's placements {anchor.placements} are not the parameter's")
         piece = local(anchor)
+    elif zero3.is_partitioned(parameter) and anchor.shape == zero3.full_shape(parameter):
+        piece = zero3.cut(parameter, anchor)
     elif isinstance(parameter, DTensor) and anchor.shape == parameter.shape and anchor.shape != here.shape:
         full = anchor.detach().to(here.device)
         # src_data_rank=None: every rank has the full tensor and cuts out its own piece, so nothing is sent
@@ -67,7 +70,7 @@ def local_anchor(name: str, parameter: Tensor, anchor: Tensor) -> Tensor:
         piece = anchor.detach()
     if piece.shape != here.shape:
         raise WiseError(
-            f"{name}: the anchor has shape {tuple(anchor.shape)}, the parameter {tuple(parameter.shape)} "
+            f"{name}: the anchor has shape {tuple(anchor.shape)}, the parameter {tuple(zero3.full_shape(parameter))} "
             f"(locally {tuple(here.shape)})"
         )
     return piece.to(device=here.device, dtype=here.dtype)
@@ -87,7 +90,8 @@ def interpolate(
     """Within the block, the model holds the mixture; after it, the very bits of before, whatever happened in between.
 
     Args:
-        model: plain, DDP-free or FSDP2-sharded, full or LoRA (peft). Every rank calls this with the same arguments.
+        model: plain, sharded by FSDP2 or by ZeRO-3, full or LoRA (peft); not in DDP. Every rank calls
+            this with the same arguments.
         alpha: weight of the fine-tuned model, in [0, 1].
         anchors: parameter name → pre-trained value (see `local_anchor`) for every trained parameter that is not a
             LoRA factor.
@@ -134,9 +138,11 @@ def interpolate(
                     piece.mul_(alpha)
                 else:
                     piece.copy_(torch.lerp(anchor, piece, alpha))  # lerp is exact at 0 and at 1
+        zero3.regather(model.parameters())
         yield model
     finally:
         reshard(model)
         with torch.no_grad():
             for (piece, _), before in zip(mixed, kept, strict=True):
                 piece.copy_(before)
+        zero3.regather(model.parameters())

@@ -82,6 +82,10 @@ class Settings:
     """Suite name → shards."""
     world_size: int
     device: str
+    engine: str = "fsdp"
+    """`fsdp` or `deepspeed`."""
+    stage: int = 0
+    """ZeRO stage; 0 with `fsdp`."""
     fingerprint: str = ""
     """See `fingerprint`."""
 
@@ -122,6 +126,8 @@ def training_config(
     train: Sequence[str] = ("runs/quickstart/data/train/*.tar",),
     run_dir: str = "runs/quickstart-training",
     model: str = MODEL,
+    engine: str = "fsdp",
+    stage: int = 0,
 ) -> Config:
     """The configuration of one fine-tuning run of the quick-start.
 
@@ -157,6 +163,7 @@ def training_config(
             },
             "checkpoint": {"every": 0, "resume": "never", "save_final": False},
             "log": {"layers_every": max(1, steps // 25)},
+            "sharding": {"engine": engine, **({"zero": {"stage": stage}} if engine == "deepspeed" else {})},
         }
     )
 
@@ -187,6 +194,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MODEL,
         metavar="PATH",
         help="pre-trained model: a folder that --pretrain wrote (default: ours)",
+    )
+    parser.add_argument(
+        "--engine", choices=["fsdp", "deepspeed"], default="fsdp", help="what shards the training (default fsdp)"
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=[0, 1, 2, 3], default=None, help="ZeRO stage of --engine deepspeed (default 3)"
     )
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are there already")
 
@@ -242,6 +255,8 @@ def prepare(args: argparse.Namespace, console: Console) -> Settings:
     model = Path(resolve_path(args.model)).resolve()  # before the data: a missing model should not cost a minute
     if not (model / "config.json").is_file():
         raise QuickstartError(f"--model {args.model}: no config.json in {model}")
+    if args.stage is not None and args.engine != "deepspeed":
+        raise QuickstartError(f"--stage {args.stage} is a stage of ZeRO: add --engine deepspeed")
     steps = args.steps or (6 if args.smoke else STEPS)
     suite_samples = args.suite_samples or (32 if args.smoke else 500)
     device, world_size = _ranks(args.nproc)
@@ -261,6 +276,8 @@ def prepare(args: argparse.Namespace, console: Console) -> Settings:
         suites={name: [str(path) for path in built.suites[name]] for name in QUICKSTART},
         world_size=world_size,
         device=device,
+        engine=args.engine,
+        stage=(3 if args.stage is None else args.stage) if args.engine == "deepspeed" else 0,
     )
     settings.fingerprint = fingerprint(settings, model)
     settings.work = str(output / "runs" / settings.fingerprint[:12])
@@ -295,6 +312,8 @@ def collect(settings: Settings) -> Comparison:
     """Put the ranks' results together."""
     runs = [MethodRun.load(MethodRun.path(result_folder(settings), key, seed)) for key, seed in finished(settings)]
     counts = f"{settings.steps} steps of {GLOBAL_BATCH}, {settings.world_size} rank{'s' * (settings.world_size > 1)}"
+    if settings.engine == "deepspeed":
+        counts += f", ZeRO-{settings.stage}"
     return Comparison(
         methods=rows(settings.methods),
         suites=[QUICKSTART[name].at(shards) for name, shards in settings.suites.items()],
@@ -398,7 +417,13 @@ def _keys(method: str) -> tuple[str, str]:
 def _example(settings: Settings, method: str) -> Config:
     """The configuration of a method's runs without what differs between them."""
     return training_config(
-        method, steps=settings.steps, world_size=settings.world_size, train=["-"], model=settings.model
+        method,
+        steps=settings.steps,
+        world_size=settings.world_size,
+        train=["-"],
+        model=settings.model,
+        engine=settings.engine,
+        stage=settings.stage,
     )
 
 

@@ -68,7 +68,7 @@ class Worker:
 
     def _zero_shot(self) -> None:
         config = self._config("full-adamw", self.settings.seeds[0])
-        loaded = self.engine.load(config)
+        loaded = self.engine.load(config, train=False)
         seconds: dict[str, float] = {}
         results = self._evaluate(loaded.model, loaded.collator, seconds)
         self._write(MethodRun(method=ZERO_SHOT.key, seed=self.settings.seeds[0], suites=results, seconds=seconds))
@@ -139,6 +139,8 @@ class Worker:
             model=settings.model,
             train=settings.train,
             run_dir=str(Path(settings.work) / f"{method}-seed{seed}"),
+            engine=settings.engine,
+            stage=settings.stage,
         )
         config.training.device = settings.device
         return config

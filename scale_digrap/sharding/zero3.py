@@ -25,6 +25,11 @@ def full_numel(parameter: Any) -> int:
     return int(parameter.ds_numel) if is_partitioned(parameter) else int(parameter.numel())
 
 
+def full_shape(parameter: Any) -> torch.Size:
+    """Shape of the unsharded parameter; works for any parameter."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
 def piece(parameter: Any) -> Tensor:
     """This rank's elements of a partitioned parameter, 1-D, possibly none; shares storage with the shard."""
     shard = parameter.ds_tensor

@@ -88,6 +88,17 @@ def capture_anchors(loaded: LoadedModel, engine: Engine) -> dict[str, torch.Tens
     }
 
 
+def keeps_anchors(optimizer: Optimizer) -> bool:
+    """Whether the optimizer itself holds pre-trained weights."""
+    return count_anchors(optimizer) > 0
+
+
+def count_anchors(optimizer: Optimizer) -> int:
+    """For how many parameters the optimizer holds the pre-trained value."""
+    groups = [group for group in optimizer.param_groups if group.get("anchor") not in (None, "zero")]
+    return sum(len(group["param_names"]) for group in groups)
+
+
 def digrap_anchors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """The anchors that DiGraP holds, by parameter name (no copies); zero anchors are not among them."""
     anchors = {}

@@ -13,6 +13,7 @@ from rich.table import Table
 from scale_digrap.config import Config
 from scale_digrap.sharding.zero3 import full_numel
 from scale_digrap.training.loop import TrainResult, train
+from scale_digrap.training.optimizer import count_anchors
 
 
 def run(config: Config) -> TrainResult:
@@ -43,7 +44,7 @@ def summarize(result: TrainResult) -> dict[str, Any]:
         "ranks": result.engine.world_size,
         "optimizer": type(result.optimizer).__name__,
         "trained_parameters": sum(map(full_numel, trained.values())),
-        "stored_anchors": len(result.anchored),
+        "stored_anchors": count_anchors(result.optimizer) or len(result.anchored),
         "skipped_steps": result.skipped_steps,
         "truncated_questions": result.collator.truncated,
         "run_dir": str(result.run_dir),
