@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from scale_digrap.data.errors import DataError
 from scale_digrap.data.fetch import part_files
 
 _POLL_S = 0.05
+_NAME = re.compile(r"[0-9a-f]{16}-")  # what `urls.cache_name` makes; the rest of the folder is not touched
 
 
 class CacheError(DataError):
@@ -213,7 +215,7 @@ class ShardCache:
         used: dict[str, tuple[float, int]] = {}
         for entry in os.scandir(self.folder):
             name, kind = _split(entry.name)
-            if kind not in ("", ".part", ".claim", ".note"):
+            if kind not in ("", ".part", ".claim", ".note") or not _NAME.match(name):
                 continue
             try:
                 stat = entry.stat()

@@ -1,6 +1,6 @@
-"""Writing webdataset tar shards: a sample is ``KEY.png`` (or jpg, webp) with ``KEY.json``.
+"""Writing webdataset tar shards: a record is ``KEY.jpg`` (png, webp; ``KEY.0.jpg``, … for several) with ``KEY.json``.
 
-The same samples always give the same bytes (times, users and modes in the tar headers are fixed), so a checksum says
+The same records always give the same bytes (times, users and modes in the tar headers are fixed), so a checksum says
 whether two data sets are equal. Shards appear under their final names only when all of them are complete.
 """
 
@@ -9,21 +9,66 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import webdataset
 from PIL import Image
 
+from scale_digrap.data.errors import DataError
 from scale_digrap.data.sample import VqaSample
-from scale_digrap.errors import ScaleDigrapError
 
-_OWN_FIELDS = ("question", "answers", "question_id")
+_OWN_FIELDS = ("question", "answers", "question_id", "questions")
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_NAME = 100
 
 
-class ShardWriteError(ScaleDigrapError):
+class ShardWriteError(DataError):
     """A sample or a folder that shards cannot be written of or to."""
+
+
+class ShardFile:
+    """One shard being written: the bytes that `webdataset.TarWriter` with ``mtime=0`` and user root would write.
+
+    Args:
+        stream: open for writing; stays open after `close`.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._bytes = 0
+        self.records = 0
+
+    def add(self, key: str, fields: Mapping[str, bytes]) -> None:
+        """Append a record: extension → content."""
+        # webdataset.TarWriter would do the same, and import torch first.
+        for extension in sorted(fields):
+            data = fields[extension]
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size, member.mode = len(data), 0o444
+            member.uname = member.gname = "root"
+            self._stream.write(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+            self._stream.write(data)
+            self._stream.write(bytes(-len(data) % _BLOCK))
+        self._bytes += record_size(fields)
+        self.records += 1
+
+    def close(self) -> None:
+        """Write the end of the archive and make it last on the disk."""
+        self._stream.write(bytes(padded_size(self._bytes) - self._bytes))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+
+def record_size(fields: Mapping[str, bytes]) -> int:
+    """Bytes that a record takes in a shard, headers and padding included."""
+    return sum(_BLOCK + -(-len(data) // _BLOCK) * _BLOCK for data in fields.values())
+
+
+def padded_size(content: int) -> int:
+    """Bytes of a shard whose records take `content` bytes: the end marker, and padding to a tape record."""
+    return -(-(content + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def write_shards(
@@ -58,46 +103,50 @@ def write_shards(
 
     finished: list[Path] = []
     keys: set[str] = set()
-    writer: webdataset.TarWriter | None = None
-    stream: io.BufferedWriter | None = None
+    stream: BinaryIO | None = None
+    shard: ShardFile | None = None
     try:
-        for index, sample in enumerate(samples):
-            if index % samples_per_shard == 0:
-                _close(writer, stream)
-                # ASCII digits sort like numbers: readers that sort by name keep the order.
-                finished.append(folder / f"{prefix}-{index // samples_per_shard:06d}.tar")
-                stream = open(_unfinished(finished[-1]), "wb")  # noqa: SIM115 - closed by _close
-                writer = webdataset.TarWriter(stream, user="root", group="root", mtime=0, encoder=False)
+        for sample in samples:
+            if shard is not None and shard.records == samples_per_shard:
+                shard.close()
+                shard = None
+            if shard is None:
+                if stream is not None:
+                    stream.close()
+                finished.append(folder / shard_name(prefix, len(finished)))
+                stream = open(_unfinished(finished[-1]), "wb")  # noqa: SIM115 - closed here, above or below
+                shard = ShardFile(stream)
             if sample.key in keys:
                 raise ShardWriteError(f"sample key {sample.key!r} occurs twice; keys name samples and must be unique")
             keys.add(sample.key)
-            assert writer is not None
-            writer.write(encode_sample(sample))
-        if not finished:
+            shard.add(sample.key, encode_sample(sample))
+        if shard is None:
             raise ShardWriteError(f"no samples to write to {folder}/{prefix}-*.tar")
-        _close(writer, stream)
+        shard.close()
     except BaseException:
-        _close(writer, stream)
         for path in finished:
             _unfinished(path).unlink(missing_ok=True)
         raise
+    finally:
+        if stream is not None:
+            stream.close()
     for path in finished:
         os.replace(_unfinished(path), path)
     return finished
 
 
-def encode_sample(sample: VqaSample) -> dict[str, Any]:
-    """A sample as `webdataset.TarWriter` takes it: ``__key__``, ``json`` bytes and, with an image, its bytes.
+def shard_name(prefix: str, number: int) -> str:
+    """File name of a shard; digits of equal width sort like numbers, so readers that sort by name keep the order."""
+    return f"{prefix}-{number:06d}.tar"
+
+
+def encode_sample(sample: VqaSample) -> dict[str, bytes]:
+    """The fields of a sample: extension → bytes.
 
     Raises:
         ShardWriteError: see `write_shards`.
     """
-    name = sample.key.rsplit("/", 1)[-1]
-    if not name or "." in name or name.startswith("_"):
-        raise ShardWriteError(
-            f"sample key {sample.key!r}: its last part must not be empty, hold a dot (readers take what follows for a "
-            "file extension) or start with an underscore"
-        )
+    check_key(sample.key)
     if not sample.question or not sample.answers:
         raise ShardWriteError(
             f"sample {sample.key!r} needs a question and at least one answer, "
@@ -112,44 +161,62 @@ def encode_sample(sample: VqaSample) -> dict[str, Any]:
         "question_id": sample.question_id,
         **sample.extra,
     }
-    record: dict[str, Any] = {
-        "__key__": sample.key,
-        "json": json.dumps(content, ensure_ascii=False, sort_keys=True).encode(),
-    }
-    if sample.image is not None:
-        extension, data = _encode_image(sample)
-        record[extension] = data
-    return record
+    images = [_encode_image(sample.key, image) for image in sample.images]
+    return {"json": encode_json(content), **image_fields(images)}
 
 
-def _encode_image(sample: VqaSample) -> tuple[str, bytes]:
-    image = sample.image
+def check_key(key: str) -> None:
+    """Refuse a key that tar readers would not give back.
+
+    Raises:
+        ShardWriteError: a dot (readers take what follows for an extension), a leading underscore, empty, or too long.
+    """
+    name = key.rsplit("/", 1)[-1]
+    if not name or "." in name or name.startswith("_"):
+        raise ShardWriteError(
+            f"sample key {key!r}: its last part must not be empty, hold a dot (readers take what follows for a "
+            "file extension) or start with an underscore"
+        )
+    if len(key.encode()) > _LONGEST_NAME - len(".999.jpeg"):
+        raise ShardWriteError(f"sample key {key!r} is too long for a tar header: at most {_LONGEST_NAME - 9} bytes")
+
+
+def encode_json(content: Any) -> bytes:
+    """JSON with sorted keys: equal content, equal bytes."""
+    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+
+
+def image_fields(images: list[tuple[str, bytes]]) -> dict[str, bytes]:
+    """(extension, bytes) of each image → the fields of a record: ``jpg`` for one, ``0.jpg``, ``1.png``, … for more."""
+    if len(images) == 1:
+        return dict(images)
+    return {f"{number}.{extension}": data for number, (extension, data) in enumerate(images)}
+
+
+def image_extension(data: bytes) -> str | None:
+    """``png``, ``jpg`` or ``webp`` by the first bytes, whatever the file was called; None for anything else."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def _encode_image(key: str, image: Image.Image | bytes) -> tuple[str, bytes]:
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="PNG")
         return "png", buffer.getvalue()
-    assert image is not None
-    if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png", image
-    if image.startswith(b"\xff\xd8\xff"):
-        return "jpg", image
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp", image
-    raise ShardWriteError(
-        f"sample {sample.key!r}: image bytes are neither PNG, JPEG nor WebP (they start with {image[:8]!r}); "
-        "decode them to a PIL image first"
-    )
+    extension = image_extension(image)
+    if extension is None:
+        raise ShardWriteError(
+            f"sample {key!r}: image bytes are neither PNG, JPEG nor WebP (they start with {image[:8]!r}); "
+            "decode them to a PIL image first"
+        )
+    return extension, image
 
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _close(writer: webdataset.TarWriter | None, stream: io.BufferedWriter | None) -> None:
-    if stream is None or stream.closed:
-        return
-    if writer is not None:
-        writer.close()
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()

@@ -235,7 +235,7 @@ class ShardStore:
         self._release([previous] if previous else [])
         return self._fetched(url, name, entry)
 
-    def prefetch(self, urls: Sequence[str], entries: Sequence[ShardEntry] | None = None) -> None:
+    def prefetch(self, urls: Sequence[str], entries: Sequence[ShardEntry | None] | None = None) -> None:
         """Fetch shards in the background, in this order, as far as the cache has room; replaces an earlier call's list.
 
         What has arrived stays pinned until the next call. Failures are logged; `path` tries again and raises.

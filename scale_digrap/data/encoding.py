@@ -1,0 +1,144 @@
+"""The pictures of records: read, checked, made smaller where asked, by several processes, in order."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from scale_digrap.data.shards import image_extension, image_fields
+from scale_digrap.data.sources.records import Record
+from scale_digrap.data.written import WriteOptions
+
+_CHUNK = 8
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MISSING = "no such file"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be stored, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record and its fields (extension → bytes), or why it has none."""
+
+    record: Record
+    result: dict[str, bytes] | Unreadable
+
+
+def encode_all(
+    records: Iterator[Record], options: WriteOptions, missing: frozenset[str], workers: int
+) -> Iterator[Encoded]:
+    """Encode records in order.
+
+    Args:
+        records: their pictures are read here.
+        options: how.
+        missing: pictures that are known not to exist.
+        workers: processes; 0 works in this one. At most four chunks per process wait, so memory stays bounded.
+
+    Raises:
+        BrokenProcessPool: a process died.
+    """
+    if workers <= 0:
+        for record in records:
+            yield Encoded(record, encode_record(record, options, missing))
+        return
+    waiting: deque[tuple[list[Record], Future[list[dict[str, bytes] | Unreadable]]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        try:
+            more = True
+            while more or waiting:
+                while more and len(waiting) < 4 * workers:
+                    chunk = [record for _, record in zip(range(_CHUNK), records, strict=False)]
+                    more = len(chunk) == _CHUNK
+                    if chunk:
+                        here = missing.intersection(image for record in chunk for image in record.images)
+                        waiting.append((chunk, pool.submit(_encode_chunk, chunk, options, here)))
+                if waiting:
+                    chunk, future = waiting.popleft()
+                    for record, result in zip(chunk, future.result(), strict=True):
+                        yield Encoded(record, result)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _encode_chunk(
+    records: list[Record], options: WriteOptions, missing: frozenset[str]
+) -> list[dict[str, bytes] | Unreadable]:
+    return [encode_record(record, options, missing) for record in records]
+
+
+def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]) -> dict[str, bytes] | Unreadable:
+    images = []
+    for path in record.images:
+        if path in missing:
+            return Unreadable(path, MISSING)
+        try:
+            images.append(_picture(path, options))
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
+            return Unreadable(path, str(error))
+    found = image_fields(images) if images else {}
+    if record.label is not None:
+        found["cls"] = str(record.label).encode()
+    return {**found, "json": record.json}
+
+
+def _picture(path: str, options: WriteOptions) -> tuple[str, bytes]:
+    """Extension and bytes of a picture: the file's own, unless it has to become smaller."""
+    data = Path(path).read_bytes()
+    extension = image_extension(data)
+    if options.resize is None and not options.verify:
+        if extension is None:
+            raise ValueError(
+                f"neither JPEG, PNG nor WebP (starts with {data[:8]!r}); with resize it would be converted"
+            )
+        return extension, data
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        smaller = _smaller(image.size, options)
+        if smaller is None and extension is not None:
+            if options.verify:
+                image.load()
+            return extension, data
+        if extension is None and options.resize is None:
+            raise ValueError(f"{image.format}, neither JPEG, PNG nor WebP; with resize it would be converted")
+        if smaller is not None:
+            image.draft("RGB", smaller)  # a JPEG decodes at a fraction of its size, never below this one
+        profile = image.info.get("icc_profile")
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a pixel: PIL's own conversion would cut what is above 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        picture = upright.convert("RGB")
+    if smaller is not None:
+        picture = picture.resize(smaller[::-1] if on_its_side else smaller, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    kind = {"jpg": "JPEG", "webp": "WEBP"}.get(extension or "", "PNG")
+    picture.save(buffer, kind, **({} if kind == "PNG" else {"quality": options.quality}), icc_profile=profile)
+    return {"JPEG": "jpg", "WEBP": "webp", "PNG": "png"}[kind], buffer.getvalue()
+
+
+def _smaller(size: tuple[int, int], options: WriteOptions) -> tuple[int, int] | None:
+    """The size to reduce to; None if it is small enough."""
+    if options.resize is None:
+        return None
+    side = min(size) if options.resize_side == "shortest" else max(size)
+    if side <= options.resize:
+        return None
+    scale = options.resize / side
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

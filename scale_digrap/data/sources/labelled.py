@@ -1,0 +1,142 @@
+"""Pictures with class labels: a folder per class, or lists of ``path label`` lines as DomainNet publishes them.
+
+A record has the class number (``.cls``) and the same as a question (``.json``): what is in the image, answered by the
+class's name. An image classifier reads the one, a vision-language model the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scale_digrap.data.shards import ShardWriteError, encode_json
+from scale_digrap.data.sources.records import Record, Source, unique_keys
+
+QUESTION = "what is in the image"
+"""DiGraP's (Huang et al., 2024) DomainNet-oVQA asks this."""
+
+_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+def read_image_folder(folder: str | Path, *, question: str = QUESTION, classes: str | Path | None = None) -> Source:
+    """``FOLDER/CLASS/…/picture.jpg``; classes are numbered in the order of their sorted folder names.
+
+    Args:
+        folder: holds one folder per class; pictures may lie deeper in it.
+        question: of every sample.
+        classes: file with one folder name per line, in the order of their numbers, instead of the sorted ones.
+
+    Raises:
+        ShardWriteError: no such folder, no classes, a class without pictures or without a number.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ShardWriteError(f"no such image folder: {root}")
+    present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = present if classes is None else read_classes(classes)
+    if unknown := sorted(set(present) - set(names)):
+        raise ShardWriteError(f"{root}: folders {unknown[:3]} are not in the list of classes {classes}")
+    items: list[tuple[str, int]] = []
+    for label, name in enumerate(names):
+        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _EXTENSIONS)
+        if not files and name in present:
+            raise ShardWriteError(f"{root / name} holds no pictures ({', '.join(sorted(_EXTENSIONS))})")
+        items += [(path.relative_to(root).as_posix(), label) for path in files]
+    return _source(f"image folder: {root.name}", root, items, names, question)
+
+
+def read_image_lists(
+    lists: Sequence[str | Path],
+    images: str | Path,
+    *,
+    question: str = QUESTION,
+    classes: str | Path | None = None,
+) -> Source:
+    """Lines ``real/aircraft_carrier/real_001_000001.jpg 0``: a path below `images` and a class number.
+
+    Args:
+        lists: text files, such as DomainNet's ``real_train.txt``.
+        images: folder that the paths begin in.
+        question: of every sample.
+        classes: file with one class name per line, in the order of their numbers; without it, the folder that a picture
+            lies in names its class.
+
+    Raises:
+        ShardWriteError: a line of another form, a picture listed twice, or numbers and names that contradict.
+    """
+    root = Path(images)
+    items: list[tuple[str, int]] = []
+    for file in lists:
+        items += _lines(file)
+    if len({path for path, _ in items}) < len(items):
+        seen: set[str] = set()
+        twice = next(path for path, _ in items if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+        raise ShardWriteError(f"{twice} is listed twice in {', '.join(map(str, lists))}: it would count twice")
+    names = read_classes(classes) if classes is not None else _names_of_folders(items)
+    if wrong := [path for path, label in items if label >= len(names)]:
+        raise ShardWriteError(f"{wrong[0]} has a class number of {len(names)} or more; there are {len(names)} classes")
+    return _source(f"image lists: {', '.join(Path(file).name for file in lists)}", root, items, names, question)
+
+
+def read_classes(file: str | Path) -> list[str]:
+    """Class names, one per line.
+
+    Raises:
+        ShardWriteError: it cannot be read, or a name is empty or occurs twice.
+    """
+    try:
+        names = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardWriteError(f"cannot read the classes {file}: {error}") from None
+    names = [name.strip() for name in names]
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ShardWriteError(f"{file}: needs one class name per line, none empty and none twice")
+    return names
+
+
+def _lines(file: str | Path) -> list[tuple[str, int]]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardWriteError(f"cannot read {file}: {error}") from None
+    items = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise ShardWriteError(f"{file}, line {number}: expected 'path label', got {line!r}")
+        items.append((path.strip(), int(label)))
+    return items
+
+
+def _names_of_folders(items: Sequence[tuple[str, int]]) -> list[str]:
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    for path, label in items:
+        name = Path(path).parent.name
+        if not name or names.setdefault(label, name) != name or labels.setdefault(name, label) != label:
+            raise ShardWriteError(
+                f"{path} has class {label}, which is elsewhere {names.get(label)!r}, and folder {name!r}, which is "
+                f"elsewhere class {labels.get(name)}: folders do not name the classes here; give the names in a file"
+            )
+    absent = sorted(set(range(max(names, default=-1) + 1)) - set(names))
+    if absent:
+        raise ShardWriteError(f"classes {absent[:5]} occur in no line, so their names are unknown: give them in a file")
+    return [names[label] for label in sorted(names)]
+
+
+def _source(description: str, root: Path, items: list[tuple[str, int]], names: list[str], question: str) -> Source:
+    if not items:
+        raise ShardWriteError(f"{description}: no pictures")
+    if not question.strip():
+        raise ShardWriteError("the question must not be empty")
+    spoken = [name.replace("_", " ") for name in names]
+    if len(set(spoken)) < len(spoken):
+        raise ShardWriteError(f"{description}: two class names differ only by '_' and a blank")
+    keys = unique_keys([path.rpartition(".")[0] or path for path, _ in items])
+    records = []
+    for key, (path, label) in zip(keys, items, strict=True):
+        content = {"question": question, "answers": [spoken[label]], "question_id": path, "image_id": path}
+        records.append(Record(key, (str(root / path),), encode_json(content), label=label))
+    return Source(description, records, spoken)

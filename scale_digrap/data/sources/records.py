@@ -1,0 +1,150 @@
+"""What every source gives: records whose images are still paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_digrap.data.shards import ShardWriteError, encode_json
+
+_LONGEST_KEY = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record to be written.
+
+    Attributes:
+        key: unique in the data set.
+        images: paths, none for text alone.
+        json: its encoded JSON.
+        samples: questions in it.
+        label: class number for its ``.cls``, or None.
+    """
+
+    key: str
+    images: tuple[str, ...]
+    json: bytes
+    samples: int = 1
+    label: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All records of a data set, in its own order, and the names of its classes if it has any."""
+
+    description: str
+    records: list[Record]
+    classes: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question as a source has it; `content` is its JSON object, `shared` what all questions of its images have."""
+
+    identity: str
+    images: tuple[str, ...]
+    content: dict[str, Any]
+
+
+def to_records(questions: Sequence[Question], *, grouped: bool, shared: Sequence[str] = ()) -> list[Record]:
+    """One record per question, or one per set of images with all its questions.
+
+    Args:
+        questions: in the source's order.
+        grouped: whether questions about the same images share a record (and one copy of them).
+        shared: fields of `content` that belong to the images: moved out of the questions when grouped.
+
+    Raises:
+        ShardWriteError: none at all, a question without text or answers, or the same identity twice.
+    """
+    if not questions:
+        raise ShardWriteError("the source holds no questions")
+    for question in questions:
+        check_content(question.identity, question.content)
+    twice = [identity for identity, count in Counter(q.identity for q in questions).items() if count > 1]
+    if twice:
+        raise ShardWriteError(
+            f"{len(twice)} question_ids occur more than once, such as {twice[0]!r}: results could not be told apart. "
+            "Are two of the files the same?"
+        )
+    if not grouped:
+        keys = unique_keys([question.identity for question in questions])
+        return [Record(key, q.images, encode_json(q.content)) for key, q in zip(keys, questions, strict=True)]
+    groups: dict[tuple[str, ...], list[Question]] = {}
+    for question in questions:
+        # Text alone has nothing to share.
+        groups.setdefault(question.images or ("", question.identity), []).append(question)
+    keys = unique_keys([_stem(images[0]) if images[0] else images[1] for images in groups])
+    return [_group(key, members, shared) for key, members in zip(keys, groups.values(), strict=True)]
+
+
+def _group(key: str, members: list[Question], shared: Sequence[str]) -> Record:
+    common = {}
+    for name in shared:
+        values = {encode_json(member.content.get(name)) for member in members}
+        if len(values) == 1 and name in members[0].content:
+            common[name] = members[0].content[name]
+    contents = [{name: value for name, value in m.content.items() if name not in common} for m in members]
+    return Record(key, members[0].images, encode_json({"questions": contents, **common}), samples=len(members))
+
+
+def check_content(identity: str, content: dict[str, Any]) -> None:
+    """Refuse a question that no loader would take.
+
+    Raises:
+        ShardWriteError: no text, or no answers, or answers that are not strings.
+    """
+    question, answers = content.get("question"), content.get("answers")
+    if not isinstance(question, str) or not question.strip():
+        raise ShardWriteError(f"question {identity}: its text must not be empty, got {question!r}")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ShardWriteError(f"question {identity}: needs a list of one or more answers, got {answers!r}")
+
+
+def unique_keys(names: Sequence[str]) -> list[str]:
+    """Keys for names: letters, digits, ``_`` and ``-`` alone. What is not the name itself any more, and would be equal
+    or too long, gets a digest of the name, so that a key depends on its own name and no other of the same spelling."""
+    plain = [re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "x" for name in names]
+    counts = Counter(plain)
+    keys = []
+    for name, short in zip(names, plain, strict=True):
+        if counts[short] > 1 or len(short) > _LONGEST_KEY:
+            short = f"{short[: _LONGEST_KEY - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        keys.append(short)
+    return keys
+
+
+def load_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ShardWriteError: it cannot be read, or is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ShardWriteError(f"cannot read {path}: {error}") from None
+
+
+def string_list(answers: Any, take: Callable[[Any], Any] = lambda answer: answer) -> list[str] | None:
+    """Answers as a list of strings: a lone string or number is a list of one; None for anything else."""
+    items: Iterable[Any] = answers if isinstance(answers, list) else [answers]
+    try:
+        values = [take(item) for item in items]
+    except (TypeError, KeyError):
+        return None
+    if not all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in values):
+        return None
+    return [str(value) for value in values]
+
+
+def _stem(path: str) -> str:
+    return Path(path).stem
