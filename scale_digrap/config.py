@@ -81,14 +81,78 @@ class LoraConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One data set of a mixture."""
+
+    shards: list[str] = field(default_factory=list)
+    """As in ``data.train``."""
+
+    weight: float = 1.0
+    """Its share of the samples, relative to the others' weights."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where the training samples come from."""
 
     train: list[str] = field(default_factory=list)
-    """webdataset shards: paths, globs, or brace patterns such as ``vqa-{000000..000041}.tar``."""
+    """webdataset shards: folders, paths, globs, brace patterns such as ``vqa-{000000..000041}.tar``, ``manifest.json``
+    files, or URLs (http(s), s3, gs, whatever fsspec knows)."""
+
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several data sets in exact proportions, by name; in place of ``train``."""
+
+    mixture_block: int = 1000
+    """The proportions hold in every block of so many draws."""
+
+    mixture_epoch: str = "all"
+    """For ``training.epochs``: one epoch of a mixture is over when ``all`` of its data sets were seen, or the
+    ``first``."""
 
     workers: int = 0
     """Loader processes per rank; 0 decodes in the training process (best on few cores)."""
+
+    window: Optional[int] = None  # noqa: UP045
+    """Shards that are shuffled together; None: as many as hold about a million samples, 16 where they are fetched."""
+
+    lanes: int = 1
+    """Parts of the shards that are read side by side. A multiple of the number of hosts makes every host fetch its own
+    part only."""
+
+    timeout_s: float = 600.0
+    """Longest wait for a batch; a dead or stalled loader is an error. 0 waits for ever."""
+
+    max_bad: Optional[int] = None  # noqa: UP045
+    """Stop when more samples than this could not be decoded; 0 stops at the first. Each one is replaced by another
+    sample, counted, and listed in ``run_dir/bad_samples.rank*.jsonl``."""
+
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of all samples could not be decoded (looked at from the eleventh on)."""
+
+    image_size: Optional[int] = None  # noqa: UP045
+    """Decode JPEGs at a half, a quarter or an eighth of their size, not below this many pixels, which is faster for
+    large pictures; the model's image processor resizes either way. None decodes at full size."""
+
+    classes: list[str] = field(default_factory=list)
+    """Names of the class numbers in ``.cls`` fields; empty: those of the shards' manifest."""
+
+    class_question: str = "What is in the picture?"
+    """The question of a sample that is an image with a class."""
+
+    cache_dir: Optional[str] = None  # noqa: UP045
+    """Folder on a local disk for remote shards, and for indexes of shards that lie in a read-only place."""
+
+    cache_gb: Optional[float] = None  # noqa: UP045
+    """Bound of the cache in 10⁹ bytes; None sets none."""
+
+    store_timeout_s: float = 60.0
+    """For connecting to remote storage and for any wait for its data."""
+
+    retries: int = 5
+    """Attempts after a failed read or download, with pauses that double; then the run ends."""
+
+    allow_pipe: bool = False
+    """Run ``pipe:COMMAND`` URLs in a shell."""
 
 
 @dataclass(kw_only=True)
@@ -270,6 +334,9 @@ class EvaluationConfig:
     """Longest generated answer in tokens."""
 
 
+    workers: int = 0
+    """Loader processes per rank."""
+
 @dataclass(kw_only=True)
 class LogConfig:
     """What a run tells about itself."""
@@ -320,6 +387,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.anchor_dtype": ("auto", "bfloat16", "float32"),
     "schedule.name": ("cosine", "linear", "constant"),
     "training.precision": ("fp32", "bf16"),
+    "data.mixture_epoch": ("all", "first"),
     "training.device": ("auto", "cpu", "cuda"),
     "sharding.engine": ("fsdp", "deepspeed"),
     "checkpoint.final_dtype": ("float32", "bfloat16"),
@@ -416,7 +484,25 @@ def validate(config: Config) -> None:
         _check_range(config, key, low=1)
     for key in ("sharding.dp_replicate_size", "evaluation.batch_size", "evaluation.max_new_tokens", "log.every"):
         _check_range(config, key, low=1)
-    for key in ("data.workers", "checkpoint.every", "log.layers_every", "schedule.warmup_steps", "training.seed"):
+    for key in ("data.workers", "evaluation.workers", "data.retries", "data.timeout_s"):
+        _check_range(config, key, low=0)
+    for key in ("data.lanes", "data.mixture_block"):
+        _check_range(config, key, low=1)
+    _check_range(config, "data.store_timeout_s", above=0.0)
+    _check_range(config, "data.max_bad_fraction", low=0.0, high=1.0)
+    for key, low in (("data.window", 1), ("data.image_size", 1), ("data.max_bad", 0)):
+        if _get(config, key) is not None:
+            _check_range(config, key, low=low)
+    if config.data.cache_gb is not None:
+        _check_range(config, "data.cache_gb", above=0.0)
+    if config.data.train and config.data.mixture:
+        raise ConfigError("data.train and data.mixture are both given: name each data set in one of them")
+    for name, source in config.data.mixture.items():
+        if not source.shards:
+            raise ConfigError(f"data.mixture.{name}.shards is empty: name its tar files")
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise ConfigError(f"data.mixture.{name}.weight must be greater than 0, got {source.weight}")
+    for key in ("checkpoint.every", "log.layers_every", "schedule.warmup_steps", "training.seed"):
         _check_range(config, key, low=0)
     _check_range(config, "checkpoint.keep", low=1)
     _check_range(config, "optimizer.weight_decay", low=0.0)
@@ -468,7 +554,7 @@ def validate_for_training(config: Config) -> None:
             f"give exactly one of training.steps and training.epochs, got steps={config.training.steps} and "
             f"epochs={config.training.epochs}"
         )
-    if not config.data.train:
+    if not config.data.train and not config.data.mixture:
         raise ConfigError("data.train is empty: name the training shards, for example data.train=[data/train-*.tar]")
     if config.training.steps is not None and config.schedule.warmup_steps >= config.training.steps:
         raise ConfigError(

@@ -46,12 +46,26 @@ _HEADER = 16
 _MANIFEST_VERSION = 1
 
 
-def load_index(path: Path, *, cache_dir: Path | None = None, require: Sequence[str] = ("json",)) -> ShardIndex:
+def load_index(
+    path: Path,
+    *,
+    cache_dir: Path | None = None,
+    require: Sequence[str] = ("json",),
+    beside: bool = True,
+    sha256: str = "",
+) -> ShardIndex:
     """The stored index of a shard, or a new one, which is stored: beside the shard or, where that place is read-only,
     in ``cache_dir`` (None: the user's cache folder).
 
     A stored index counts only for a file of the size and modification time that it was made from, and only if it was
     checked for all that ``require`` names.
+
+    Args:
+        path: a local tar file.
+        cache_dir: see above.
+        require: see :func:`scan_shard`.
+        beside: False keeps the folder of the shard as it is.
+        sha256: of the file, if that has just been compared: an index of this checksum then counts as well.
 
     Raises:
         ShardDamage: see :func:`scan_shard`.
@@ -59,10 +73,11 @@ def load_index(path: Path, *, cache_dir: Path | None = None, require: Sequence[s
     """
     path = Path(path)
     stat = _stat(path)
-    index = _stored(path, stat, cache_dir, require)
+    places = _places(path, cache_dir)[0 if beside else 1 :]
+    index = _stored(places, path, stat, require, sha256)
     if index is None:
-        index = scan_shard(path, require=require)
-        _store(index, path, stat, cache_dir)
+        index = replace(scan_shard(path, require=require), sha256=sha256)
+        _store(index, places, path, stat)
     return index
 
 
@@ -77,7 +92,7 @@ def hash_shard(path: Path, index: ShardIndex, *, cache_dir: Path | None = None) 
         while block := file.read(1 << 20):
             digest.update(block)
     index = replace(index, sha256=digest.hexdigest())
-    _store(index, path, stat, cache_dir)
+    _store(index, _places(path, cache_dir), path, stat)
     return index
 
 
@@ -238,11 +253,13 @@ def _places(path: Path, cache_dir: Path | None) -> list[Path]:
     return [path.with_name(path.name + ".idx"), folder / unique]
 
 
-def _stored(path: Path, stat: os.stat_result, cache_dir: Path | None, require: Sequence[str]) -> ShardIndex | None:
-    for place in _places(path, cache_dir):
+def _stored(
+    places: Sequence[Path], path: Path, stat: os.stat_result, require: Sequence[str], sha256: str
+) -> ShardIndex | None:
+    for place in places:
         try:
             with open(place, "rb") as file:
-                index = _parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path.name, stat)
+                index = _parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path.name, stat, sha256)
         except (OSError, ValueError, KeyError, TypeError):  # absent, empty, cut off or foreign: made anew
             continue
         if index is not None and set(require) <= set(index.require):
@@ -250,13 +267,14 @@ def _stored(path: Path, stat: os.stat_result, cache_dir: Path | None, require: S
     return None
 
 
-def _parse(data: mmap.mmap, name: str, stat: os.stat_result) -> ShardIndex | None:
+def _parse(data: mmap.mmap, name: str, stat: os.stat_result, sha256: str) -> ShardIndex | None:
     if data[: len(_MAGIC)] != _MAGIC:
         return None
     start = len(_MAGIC) + _HEADER
     length = int(data[len(_MAGIC) : start])
     header = json.loads(data[start : start + length])
-    if (header["size"], header["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+    unchanged = header["mtime_ns"] == stat.st_mtime_ns or (sha256 and header["sha256"] == sha256)
+    if header["size"] != stat.st_size or not unchanged:
         return None
     fields, records = header["fields"], header["records"]
     offset = start + length
@@ -282,7 +300,7 @@ def _parse(data: mmap.mmap, name: str, stat: os.stat_result) -> ShardIndex | Non
     )
 
 
-def _store(index: ShardIndex, path: Path, stat: os.stat_result, cache_dir: Path | None) -> None:
+def _store(index: ShardIndex, places: Sequence[Path], path: Path, stat: os.stat_result) -> None:
     keys = index.keys if isinstance(index.keys, Keys) else Keys.of(index.keys)
     header: dict[str, Any] = {
         "size": index.size,
@@ -307,7 +325,7 @@ def _store(index: ShardIndex, path: Path, stat: os.stat_result, cache_dir: Path 
         index.questions.astype("<i4").tobytes(),
         keys.text.tobytes(),
     ]
-    for place in _places(path, cache_dir):
+    for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             _replace_file(place, parts)

@@ -1,258 +1,68 @@
-"""Shards in, batches out: a map-style data set over tar files, and loaders whose ranks stay in step.
+"""Training batches: endless, shuffled, the same number on every rank, resumable at any step on any number of ranks.
 
-The position in the data is one integer, the number of samples the whole job has consumed. Which samples a batch holds
-is a pure function of (seed, position, batch size, rank, ranks); loader processes keep no state.
+Where a run is in its data is one integer, the number of samples that all ranks together have received. Which samples a
+batch holds follows from it through :mod:`scale_digrap.data.plan`; loader processes keep no state.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import io
-import json
-import os
-import tarfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from braceexpand import braceexpand
-from PIL import Image
+import torch.distributed as dist
 
-from scale_digrap.data.errors import DataError
+from scale_digrap.data.dataset import ShardDataset
+from scale_digrap.data.errors import DataError, SampleError
+from scale_digrap.data.evaluation import EvalBatch, EvalLoader, check_ranks
+from scale_digrap.data.faults import BadSample, BadSampleLog, FaultPolicy
+from scale_digrap.data.mixture import Mixture, Stream
+from scale_digrap.data.plan import Plan, default_window, sample_seed, signature
 from scale_digrap.data.sample import VqaSample
+from scale_digrap.data.workers import Feeder, Fetched
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
-_BLOCK = 512
+__all__ = ["DataError", "EvalBatch", "EvalLoader", "ShardDataset", "TrainLoader"]
 
 Collate = Callable[[list[VqaSample]], Any]
-
-
-def expand_urls(urls: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Paths of the shards that paths, globs and brace patterns (``{000000..000041}``) name, in order.
-
-    Raises:
-        DataError: a pattern that matches no file, or the same file twice.
-    """
-    paths: list[Path] = []
-    for url in [urls] if isinstance(urls, (str, Path)) else urls:
-        for pattern in braceexpand(str(url)):
-            if glob.has_magic(pattern) and not Path(pattern).exists():
-                found = sorted(glob.glob(pattern))
-                if not found:
-                    raise DataError(f"no file matches {pattern!r}")
-                paths += [Path(name) for name in found]
-            else:
-                paths.append(Path(pattern))
-    if not paths:
-        raise DataError("no shards given")
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(f"no such shard: {', '.join(missing[:3])}{more}")
-    seen: set[Path] = set()
-    for path in paths:
-        if path in seen:
-            raise DataError(f"shard {str(path)!r} is listed twice: its samples would count twice")
-        seen.add(path)
-    return paths
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one sample lies in its shard: byte ranges (offset, size) of its fields."""
-
-    key: str
-    meta: tuple[int, int]
-    image: tuple[int, int] | None
-
-
-def index_shard(path: Path) -> list[Entry]:
-    """Walk a tar file's headers once and check every sample.
-
-    Raises:
-        DataError: damaged archive, duplicate key, field missing or wrong.
-    """
-    stat = path.stat()
-    return _index_shard(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _index_shard(name: str, size: int, mtime_ns: int) -> list[Entry]:
-    fields: dict[str, dict[str, tuple[int, int]]] = {}
-    with open(name, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    parts = fields.setdefault(key, {})
-                    if extension.lower() in parts:
-                        raise DataError(f"{name}: key {key!r} has two members .{extension}")
-                    if member.offset_data + member.size > size:
-                        raise DataError(f"{name}: cut off inside {member.name!r}")
-                    parts[extension.lower()] = (member.offset_data, member.size)
-                end = tar.offset
-        except tarfile.TarError as error:
-            raise DataError(f"{name}: not a whole tar file: {error}") from None
-        # A zeroed or missing stretch looks like the end of the archive to a tar reader: the true end is zeros only.
-        file.seek(end)
-        tail = file.read()
-        if len(tail) < _BLOCK or tail.strip(b"\0"):
-            raise DataError(f"{name}: damaged after byte {end}: {len(tail)} bytes follow what reads as its last member")
-        entries = []
-        for key, parts in fields.items():
-            if "json" not in parts:
-                raise DataError(f"{name}: sample {key!r} has no .json (found {', '.join(sorted(parts))})")
-            images = [extension for extension in IMAGE_FIELDS if extension in parts]
-            if len(images) > 1:
-                raise DataError(f"{name}: sample {key!r} has more than one image: {', '.join(images)}")
-            offset, length = parts["json"]
-            file.seek(offset)
-            _parse_meta(file.read(length), f"{name}: sample {key!r}")
-            entries.append(Entry(key, parts["json"], parts[images[0]] if images else None))
-    if not entries:
-        raise DataError(f"{name}: holds no samples")
-    return entries
-
-
-def _parse_meta(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        meta = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{where}: its .json must be an object, got {type(meta).__name__}")
-    for field, kind in (("question", str), ("answers", list), ("question_id", (str, int))):
-        if field not in meta:
-            raise DataError(f"{where}: its .json lacks {field!r}")
-        if not isinstance(meta[field], kind):
-            raise DataError(f"{where}: {field!r} has type {type(meta[field]).__name__}")
-    if not meta["answers"] or not all(isinstance(answer, str) for answer in meta["answers"]):
-        raise DataError(f"{where}: 'answers' must be a list of one or more strings, got {meta['answers']!r}")
-    return meta
-
-
-class ShardDataset(torch.utils.data.Dataset[VqaSample]):
-    """Random access to the samples of tar shards, in shard order; ``dataset[i]`` is a :class:`VqaSample`.
-
-    Images come decoded to RGB.
-
-    Args:
-        urls: paths, globs or brace patterns.
-
-    Raises:
-        DataError: missing or damaged shards, keys that occur twice, samples without their fields.
-    """
-
-    def __init__(self, urls: str | Path | Sequence[str | Path]) -> None:
-        self.paths = expand_urls(urls)
-        self._entries: list[tuple[int, Entry]] = []
-        where: dict[str, Path] = {}
-        for number, path in enumerate(self.paths):
-            for entry in index_shard(path):
-                if entry.key in where:
-                    raise DataError(f"key {entry.key!r} occurs in {where[entry.key]} and in {path}")
-                where[entry.key] = path
-                self._entries.append((number, entry))
-        self._files: dict[tuple[int, int], int] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: int) -> VqaSample:
-        number, entry = self._entries[index]
-        where = f"{self.paths[number]}: sample {entry.key!r}"
-        meta = _parse_meta(self._read(number, *entry.meta), where)
-        image = None
-        if entry.image is not None:
-            try:
-                image = Image.open(io.BytesIO(self._read(number, *entry.image))).convert("RGB")
-            except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
-                raise DataError(f"{where}: its image cannot be decoded: {error}") from None
-        return VqaSample(
-            key=entry.key,
-            image=image,
-            question=meta.pop("question"),
-            answers=meta.pop("answers"),
-            question_id=str(meta.pop("question_id")),
-            extra=meta,
-        )
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all samples, in order."""
-        return [entry.key for _, entry in self._entries]
-
-    def fingerprint(self) -> str:
-        """Changes when the samples or their order change; not when the files move."""
-        digest = hashlib.blake2b(digest_size=12)
-        for key in self.keys:
-            digest.update(key.encode() + b"\0")
-        return digest.hexdigest()
-
-    def _read(self, number: int, offset: int, size: int) -> bytes:
-        # One descriptor per process and shard: pread has no shared position, and a fork must not share descriptors.
-        slot = (os.getpid(), number)
-        if slot not in self._files:
-            with self._lock:
-                if slot not in self._files:
-                    self._files[slot] = os.open(self.paths[number], os.O_RDONLY)
-        data = os.pread(self._files[slot], size, offset)
-        if len(data) != size:
-            raise DataError(f"{self.paths[number]}: has become shorter since it was opened")
-        return data
-
-    def close(self) -> None:
-        """Close the shards; they open again on the next access."""
-        for (process, _), descriptor in self._files.items():
-            if process == os.getpid():
-                os.close(descriptor)
-        self._files.clear()
-
-    def __del__(self) -> None:
-        if getattr(self, "_files", None):
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+_STATE_VERSION = 2
 
 
 class TrainLoader:
-    """Endless shuffled batches, the same number on every rank.
+    """Endless shuffled batches.
 
-    The samples form one endless stream: epoch after epoch, each a new permutation that depends on (seed, epoch) alone.
-    Global batch k is the next ``batch_size × dp_world_size`` samples of the stream, of which rank r takes every
-    ``dp_world_size``-th from the r-th on. Batches reach over the end of an epoch, so nothing is dropped, and the global
-    batches do not depend on how many ranks share them.
+    The samples form one endless stream: epoch after epoch, each in an order of its own. Global batch k is the next
+    ``batch_size × dp_world_size`` samples of the stream, dealt to the ranks one by one. Batches reach over the end of
+    an epoch, so nothing is dropped, and the stream does not depend on how many ranks share it.
+
+    A sample that cannot be decoded is replaced, counted and logged (:class:`FaultPolicy`). With several ranks the
+    limits need a sum over them: call :meth:`agree` once a step, or pass :meth:`take_bad` through a reduction of your
+    own and the sum to :meth:`count_bad`.
 
     Args:
-        shards: shard patterns, or a data set.
+        shards: shard patterns, a data set, or a mixture of data sets.
         batch_size: samples per rank and batch.
         dp_rank, dp_world_size: this rank among the data-parallel ranks.
-        seed: of the shuffle.
+        seed: of the shuffle, of substitutes, and of ``VqaSample.rng``.
         collate: called with a list of samples; its result is what iteration yields.
         workers: loader processes; 0 loads in the calling process.
+        window: shards that are shuffled together; see :func:`scale_digrap.data.plan.default_window`.
+        lanes: parts of the shards that are read side by side, a multiple of ``nodes``.
+        nodes: hosts that the data-parallel ranks are spread over, with consecutive ranks on a host: with several lanes
+            each host reads its lanes' shards only.
+        faults: what to do about bad samples.
+        bad_log: file for this rank's bad samples; None writes none.
+        timeout_s: longest wait for a batch; 0 waits for ever.
 
     Raises:
-        DataError: see :class:`ShardDataset`; also ``batch_size`` or ranks that make no sense.
+        DataError: see :class:`ShardDataset`; also arguments that make no sense.
     """
 
     def __init__(
         self,
-        shards: ShardDataset | str | Path | Sequence[str | Path],
+        shards: ShardDataset | Mixture | str | Path | Sequence[str | Path],
         *,
         batch_size: int,
         dp_rank: int = 0,
@@ -260,14 +70,61 @@ class TrainLoader:
         seed: int = 0,
         collate: Collate,
         workers: int = 0,
+        window: int | None = None,
+        lanes: int = 1,
+        nodes: int = 1,
+        faults: FaultPolicy | None = None,
+        bad_log: Path | None = None,
+        timeout_s: float = 600.0,
     ) -> None:
-        self.dataset = shards if isinstance(shards, ShardDataset) else ShardDataset(shards)
-        _check_ranks(batch_size, dp_rank, dp_world_size)
+        check_ranks(batch_size, dp_rank, dp_world_size)
+        if nodes < 1 or dp_world_size % nodes or lanes % nodes:
+            raise DataError(
+                f"nodes={nodes} must divide both dp_world_size={dp_world_size} and lanes={lanes}: every host reads "
+                "whole lanes"
+            )
+        mixture = shards if isinstance(shards, Mixture) else Mixture({"train": shards}, {"train": 1.0})
+        shares = mixture.shares()
+        self.names = list(mixture.sources)
+        self.datasets = [
+            source if isinstance(source, ShardDataset) else ShardDataset(source) for source in mixture.sources.values()
+        ]
         self.batch_size, self.dp_rank, self.dp_world_size = batch_size, dp_rank, dp_world_size
-        self.seed, self.collate, self.workers = seed, collate, workers
+        self.seed, self.lanes = seed, lanes
+        self.faults = FaultPolicy() if faults is None else faults
+        self.plan = Stream(
+            [
+                Plan(
+                    data.counts,
+                    seed=seed + number,
+                    window=default_window(data.counts, remote=data.remote) if window is None else window,
+                    lanes=lanes,
+                )
+                for number, data in enumerate(self.datasets)
+            ],
+            shares,
+            mixture.block,
+            mixture.epoch,
+            seed,
+            lanes,
+        )
         self.consumed = 0
         """Samples that all ranks together have received."""
-        self._order: tuple[int, np.ndarray] | None = None
+        self.bad = 0
+        """Bad samples of all ranks together, as far as they have been added up."""
+        self.samples = len(self.plan)
+        """Samples in an epoch."""
+        per_node = dp_world_size // nodes
+        # Hosts take turns in the stream as lanes do, so that a host's positions lie in its own lanes.
+        self._slot = (dp_rank % per_node) * nodes + dp_rank // per_node
+        self._feeder = Feeder(
+            _Training(self.datasets, self.plan, seed, collate, self.faults), workers=workers, timeout_s=timeout_s
+        )
+        self._log = BadSampleLog(bad_log)
+        self._new_bad = 0
+        self._latest: BadSample | None = None
+        self._run = 0
+        self._ahead: dict[int, tuple[list[str], list[str]]] = {}
 
     @property
     def global_batch_size(self) -> int:
@@ -275,152 +132,218 @@ class TrainLoader:
         return self.batch_size * self.dp_world_size
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from the current position on, without end."""
+        """Batches from the current position on, without end. One iteration at a time."""
         return self._batches(None)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """The whole batches of one epoch, from its start: ``len(dataset) // global_batch_size`` on every rank.
+        """The whole batches of one epoch, from its start: ``samples // global_batch_size`` on every rank.
 
         The remainder (less than one global batch, another one each epoch) is left out.
         """
-        count = len(self.dataset) // self.global_batch_size
-        if count == 0:
+        self.consumed = epoch * self.samples
+        return self.rest_of_epoch()
+
+    def rest_of_epoch(self) -> Iterator[Any]:
+        """The whole batches from the current position to the end of its epoch."""
+        if self.samples < self.global_batch_size:
             raise DataError(
-                f"an epoch of {len(self.dataset)} samples has no whole batch of {self.batch_size} × "
+                f"an epoch of {self.samples} samples has no whole batch of {self.batch_size} × "
                 f"{self.dp_world_size} ranks: use a smaller batch_size"
             )
-        self.consumed = epoch * len(self.dataset)
-        return self._batches(count)
+        return self._batches((self.samples - self.consumed % self.samples) // self.global_batch_size)
+
+    def epochs(self) -> dict[str, float]:
+        """How often each data set has been gone through, by name."""
+        drawn = self.plan.drawn(self.consumed)
+        return {name: count / len(data) for name, count, data in zip(self.names, drawn, self.datasets, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, equal on all ranks and counted when a batch is handed out: prefetched batches do not count."""
-        epoch, position = divmod(self.consumed, len(self.dataset))
+        """The position, below 1 KiB, equal on all ranks; counted when a batch is handed out, not when it is loaded."""
+        epoch, position = divmod(self.consumed, self.samples)
         return {
-            "version": 1,
+            "version": _STATE_VERSION,
             "consumed": self.consumed,
             "epoch": epoch,
             "position": position,
-            "seed": self.seed,
-            "samples": len(self.dataset),
-            "fingerprint": self.dataset.fingerprint(),
+            "global_batch": self.global_batch_size,
+            "bad": self.bad,
+            **self._identity(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Continue at a saved position, on any number of ranks and with any batch size.
 
+        Args:
+            state: from :meth:`state_dict`.
+            strict: False goes on with other data or another order: samples will repeat and others be missed.
+
         Raises:
-            DataError: the state belongs to other data or another seed: continuing would repeat and miss samples.
+            DataError: the state belongs to other data or another order.
         """
-        for name, now in (
-            ("samples", len(self.dataset)),
-            ("fingerprint", self.dataset.fingerprint()),
-            ("seed", self.seed),
-        ):
-            if state[name] != now:
-                raise DataError(f"cannot resume the data: {name} was {state[name]!r} and is now {now!r}")
-        self.consumed = int(state["consumed"])
+        if state.get("version") != _STATE_VERSION:
+            raise DataError(
+                f"cannot resume the data: its state has version {state.get('version')}, this is version "
+                f"{_STATE_VERSION}, whose order is another: start afresh"
+            )
+        if strict:
+            for name, now in self._identity().items():
+                if state.get(name) != now:
+                    raise DataError(f"cannot resume the data: {name} was {state.get(name)!r} and is now {now!r}")
+        self.consumed, self.bad = int(state["consumed"]), int(state["bad"])
+        self._new_bad = 0
+
+    def take_bad(self) -> int:
+        """Bad samples in the batches that this rank has received since the last call."""
+        count, self._new_bad = self._new_bad, 0
+        return count
+
+    def count_bad(self, count: int) -> None:
+        """Add the sum of every rank's :meth:`take_bad`. With the same number on all ranks, all raise or none.
+
+        Raises:
+            TooManyBadSamples: a limit of the fault policy is reached.
+        """
+        self.bad += count
+        if count:
+            latest = self._latest
+            example = "None of them on this rank." if latest is None else f"The latest: {latest.reason}."
+            self.faults.check(self.bad, self.consumed, example)
+
+    def agree(self, group: Any = None) -> None:
+        """Add up the bad samples of all ranks by one small all-reduce; every rank calls it, once a step.
+
+        Raises:
+            TooManyBadSamples: on all ranks.
+        """
+        count = torch.tensor(self.take_bad(), dtype=torch.int64)
+        if dist.is_initialized() and self.dp_world_size > 1:
+            if dist.get_backend(group) == "nccl":
+                count = count.cuda()
+            dist.all_reduce(count, group=group)
+        self.count_bad(int(count))
+
+    def close(self) -> None:
+        """End loader processes and downloads."""
+        self._feeder.close()
+        for data in self.datasets:
+            data.close()
+            data.store.close()
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which sample a position means."""
+        windows = [plan.window for plan in self.plan.plans]
+        fingerprints = [data.fingerprint() for data in self.datasets]
+        mixture = None
+        if len(self.datasets) > 1:
+            shares = ", ".join(f"{name} {share}" for name, share in zip(self.names, self.plan.shares, strict=True))
+            mixture = _short(f"{shares}; block {self.plan.block}, epoch {self.plan.epoch}")
+        return {
+            "samples": self.samples,
+            "fingerprint": fingerprints[0] if len(fingerprints) == 1 else _digest(" ".join(fingerprints)),
+            "seed": self.seed,
+            "window": windows[0] if len(set(windows)) == 1 else _short(str(windows)),
+            "lanes": self.lanes,
+            "mixture": mixture,
+            "order": signature(),
+        }
 
     def _batches(self, count: int | None) -> Iterator[Any]:
-        start = self.consumed
-        if self.workers == 0:
-            source: Any = (self.collate([self.dataset[i] for i in ids]) for ids in self._indices(start, count))
-        else:
-            source = torch.utils.data.DataLoader(
-                self.dataset,
-                batch_sampler=_FromFunction(lambda: self._indices(start, count)),
-                collate_fn=self.collate,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator().manual_seed(self.seed),  # or it would draw from the global one
-            )
-        for number, batch in enumerate(source, 1):
-            self.consumed = start + number * self.global_batch_size
-            yield batch
+        self._run += 1
+        run = self._run
+        for fetched in self._feeder.run(self._places(self.consumed, count)):
+            if run != self._run:
+                raise DataError("another iteration over this loader has begun: this one cannot go on")
+            self.consumed += self.global_batch_size
+            self._receive(fetched)
+            yield fetched.batch
 
-    def _indices(self, start: int, count: int | None) -> Iterator[list[int]]:
-        """This rank's sample indices, batch by batch."""
+    def _receive(self, fetched: Fetched) -> None:
+        self._log.write(fetched.bad)
+        if fetched.bad:
+            self._new_bad += len(fetched.bad)
+            self._latest = fetched.bad[-1]
+        if fetched.error is not None:
+            raise fetched.error
+        if self.dp_world_size == 1:
+            self.count_bad(self.take_bad())
+
+    def _places(self, start: int, count: int | None) -> Iterator[list[_Place]]:
+        """This rank's places, batch by batch."""
+        remote = any(data.remote for data in self.datasets)
         number = 0
         while count is None or number < count:
-            first = start + number * self.global_batch_size + self.dp_rank
-            yield [self._at(first + i * self.dp_world_size) for i in range(self.batch_size)]
+            first = start + number * self.global_batch_size + self._slot
+            if remote:
+                self._look_ahead(first)
+            positions = range(first, first + self.global_batch_size, self.dp_world_size)
+            yield [_Place(position, *self.plan.at(position)) for position in positions]
             number += 1
 
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.dataset))
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-            self._order = (epoch, order)
-        return int(self._order[1][offset])
+    def _look_ahead(self, position: int) -> None:
+        """Tell the stores which shards this rank reads now and next."""
+        lanes = sorted({(position + turn * self.dp_world_size) % self.lanes for turn in range(self.lanes)})
+        stores: dict[int, tuple[Any, list[str], list[str], list[Any]]] = {}
+        drawn = self.plan.drawn(position)
+        for data, plan, own in zip(self.datasets, self.plan.plans, drawn, strict=True):
+            now, then = plan.ahead(own, lanes)
+            store, pinned, wanted, lines = stores.setdefault(id(data.store), (data.store, [], [], []))
+            pinned += [data.urls[shard] for shard in now]
+            wanted += [data.urls[shard] for shard in now + then]
+            lines += [data.line(shard) for shard in now + then]
+        for number, (store, pinned, wanted, lines) in stores.items():
+            if self._ahead.get(number) != (pinned, wanted):
+                self._ahead[number] = (pinned, wanted)
+                store.pin(pinned)
+                store.prefetch(wanted, lines)
 
 
-@dataclass
-class EvalBatch:
-    """One evaluation batch of one rank.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One position of the stream, and the sample that belongs there."""
 
-    Attributes:
-        samples: ``batch_size`` samples.
-        inputs: what ``collate`` made of them.
-        valid: bool [batch_size]; False marks a repeated sample that only keeps the ranks in step: do not count it.
-    """
-
-    samples: list[VqaSample]
-    inputs: Any
-    valid: torch.Tensor
+    position: int
+    source: int
+    shard: int
+    number: int
 
 
-class EvalLoader:
-    """Every sample exactly once over all ranks, in order, with the same number of batches on every rank.
-
-    The last batches are filled up with repeats of the first samples, marked in ``batch.valid``: sharded models need
-    every rank in every forward pass.
-
-    Args:
-        shards: shard patterns, or a data set.
-        batch_size: samples per rank and batch.
-        dp_rank, dp_world_size: this rank among the data-parallel ranks.
-        collate: called with ``batch_size`` samples, for :attr:`EvalBatch.inputs`.
-    """
+class _Training:
+    """Places → a collated batch, with substitutes for what cannot be decoded."""
 
     def __init__(
-        self,
-        shards: ShardDataset | str | Path | Sequence[str | Path],
-        *,
-        batch_size: int,
-        dp_rank: int = 0,
-        dp_world_size: int = 1,
-        collate: Collate,
+        self, datasets: list[ShardDataset], plan: Stream, seed: int, collate: Collate, faults: FaultPolicy
     ) -> None:
-        self.dataset = shards if isinstance(shards, ShardDataset) else ShardDataset(shards)
-        _check_ranks(batch_size, dp_rank, dp_world_size)
-        self.batch_size, self.dp_rank, self.dp_world_size = batch_size, dp_rank, dp_world_size
-        self.collate = collate
+        self._datasets, self._plan, self._seed = datasets, plan, seed
+        self._collate, self._faults = collate, faults
 
-    def __len__(self) -> int:
-        """Batches of this rank, which is the number of every rank."""
-        return -(-len(self.dataset) // (self.batch_size * self.dp_world_size))
+    def fetch(self, items: list[_Place]) -> Fetched:
+        bad: list[BadSample] = []
+        samples = [self._sample(place, bad) for place in items]
+        return Fetched(self._collate(samples), bad)
 
-    def __iter__(self) -> Iterator[EvalBatch]:
-        total = len(self.dataset)
-        for number in range(len(self)):
-            first = (number * self.dp_world_size + self.dp_rank) * self.batch_size
-            positions = range(first, first + self.batch_size)
-            samples = [self.dataset[position % total] for position in positions]
-            valid = torch.tensor([position < total for position in positions])
-            yield EvalBatch(samples, self.collate(samples), valid)
+    def _sample(self, place: _Place, bad: list[BadSample]) -> VqaSample:
+        data, plan = self._datasets[place.source], self._plan.plans[place.source]
+        shard, number = place.shard, place.number
+        reason = ""
+        for attempt in range(self._faults.max_attempts + 1):
+            try:
+                sample = data.sample(shard, number)
+            except SampleError as error:
+                reason = str(error)
+                bad.append(BadSample(place.position, data.name(shard), data.key(shard, number), reason))
+                shard, number = plan.substitute(place.position, place.shard, attempt)
+                continue
+            sample.seed = sample_seed(self._seed, place.position)
+            return sample
+        raise DataError(
+            f"position {place.position}: {self._faults.max_attempts} substitutes in a row could not be decoded either. "
+            f"The last: {reason}. Check the shards with `scale-digrap shards validate --decode`"
+        )
 
 
-class _FromFunction:
-    """A batch sampler out of a function that starts the index stream anew."""
-
-    def __init__(self, function: Callable[[], Iterator[list[int]]]) -> None:
-        self._function = function
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._function()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _check_ranks(batch_size: int, dp_rank: int, dp_world_size: int) -> None:
-    if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= dp_rank < dp_world_size:
-        raise DataError(f"dp_rank must be in [0, dp_world_size), got {dp_rank} of {dp_world_size}")
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:120]}… ({_digest(text)})"

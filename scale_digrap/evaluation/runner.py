@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from scale_digrap.data.loader import EvalLoader
+from scale_digrap.data.loader import EvalLoader, ShardDataset
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.scorers import scorer
@@ -33,6 +33,9 @@ from scale_digrap.sharding.zero3 import is_partitioned
 Progress = Callable[[str, int, int], None]
 """Called on rank 0 after each batch as (suite, batches done, batches in all); all ranks have the same number of
 batches."""
+
+
+OpenShards = Callable[[Sequence[str]], ShardDataset]
 
 
 class EvaluationError(ScaleDigrapError):
@@ -122,7 +125,13 @@ template."""
 
 
 def prepare(
-    collator: Collator, suites: Sequence[Suite], *, dp_rank: int, dp_world_size: int, batch_size: int
+    collator: Collator,
+    suites: Sequence[Suite],
+    *,
+    dp_rank: int,
+    dp_world_size: int,
+    batch_size: int,
+    open_shards: OpenShards = ShardDataset,
 ) -> PreparedSuites:
     """Decode and collate this rank's share of small suites once, to evaluate several models on them.
 
@@ -134,12 +143,13 @@ def prepare(
     share = _Share(dp_rank, dp_world_size)
     prepared: PreparedSuites = {}
     for suite in suites:
-        batches, error = _open(collator, suite, share, batch_size), None
+        batches, error = _open(collator, suite, share, batch_size, open_shards), None
         try:
             prepared[suite.name] = list(batches)
         except Exception as failure:
             error = _describe(failure)
         _raise_together(suite, error, share)
+        batches.verify_coverage()
     return prepared
 
 
@@ -156,6 +166,8 @@ def evaluate(
     prepared: PreparedSuites | None = None,
     generation: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    workers: int = 0,
+    open_shards: OpenShards = ShardDataset,
 ) -> dict[str, SuiteResult]:
     """Generate an answer to every question of every suite and score it.
 
@@ -172,6 +184,8 @@ def evaluate(
         prepared: from `prepare` with the same suites, ranks and collator; `batch_size` is then that of `prepare`.
         generation: more settings for `generate`, over greedy decoding.
         progress: see `Progress`.
+        workers: loader processes per rank.
+        open_shards: makes a data set of a suite's shards, for those that are not plain local files.
 
     Returns:
         Suite name → `SuiteResult`, equal on all ranks.
@@ -195,7 +209,11 @@ def evaluate(
     with _eval_mode(model), _fsdp_generation(model), torch.no_grad():
         for suite in suites:
             started = time.perf_counter()
-            batches = prepared[suite.name] if prepared is not None else _open(collator, suite, share, batch_size)
+            batches: list[PreparedBatch] | _Batches
+            if prepared is not None:
+                batches = prepared[suite.name]
+            else:
+                batches = _open(collator, suite, share, batch_size, open_shards, workers)
             error, records = None, []
             try:
                 records = _answer(model, collator, suite, batches, settings, share, progress)
@@ -206,6 +224,8 @@ def evaluate(
             except Exception as failure:
                 error = _describe(failure)
             _raise_together(suite, error, share)
+            if isinstance(batches, _Batches):
+                batches.verify_coverage()
             merged = _merge(suite, records, share)
             results[suite.name] = SuiteResult(suite.name, suite.metric, merged, time.perf_counter() - started)
     return results
@@ -233,20 +253,35 @@ class _LockstepError(EvaluationError):
 class _Batches:
     """A suite's batches of this rank, decoded and collated one at a time."""
 
-    def __init__(self, collator: Collator, suite: Suite, share: _Share, batch_size: int) -> None:
+    def __init__(
+        self,
+        collator: Collator,
+        suite: Suite,
+        share: _Share,
+        batch_size: int,
+        open_shards: OpenShards,
+        workers: int,
+    ) -> None:
         self._loader = EvalLoader(
-            suite.shards,
+            open_shards(suite.shards),
             batch_size=batch_size,
             dp_rank=share.rank,
             dp_world_size=share.world_size,
             collate=collator.generate,
+            workers=workers,
         )
+        self.verify_coverage = self._loader.verify_coverage
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[PreparedBatch]:
         for batch in self._loader:
+            if batch.errors:
+                raise EvaluationError(
+                    f"{batch.errors[0].reason}. A score without it would not be the suite's: repair the shards (find "
+                    "all such samples with `scale-digrap shards validate --decode`)"
+                )
             yield PreparedBatch(  # without the decoded images, which would double the memory of prepared suites
                 inputs=batch.inputs,
                 question_ids=[sample.question_id for sample in batch.samples],
@@ -256,11 +291,13 @@ class _Batches:
             )
 
 
-def _open(collator: Collator, suite: Suite, share: _Share, batch_size: int) -> _Batches:
+def _open(
+    collator: Collator, suite: Suite, share: _Share, batch_size: int, open_shards: OpenShards, workers: int = 0
+) -> _Batches:
     """Find the suite's shards, or fail on all ranks alike."""
     batches, error = None, None
     try:
-        batches = _Batches(collator, suite, share, batch_size)
+        batches = _Batches(collator, suite, share, batch_size, open_shards, workers)
     except Exception as failure:
         error = _describe(failure)
     _raise_together(suite, error, share)

@@ -21,6 +21,7 @@ from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.sharding.zero3 import full_numel
+from scale_digrap.training.data import train_loader
 from scale_digrap.training import checkpoint
 from scale_digrap.training.engine import Engine, TrainingError, create_engine
 from scale_digrap.training.loss import answer_loss, first_answer_position
@@ -46,6 +47,7 @@ class TrainResult:
         anchored: pre-trained values by parameter name, sharded like the parameters; without adapters and new layers.
             Empty for AdamW unless ``training.keep_anchors``.
         steps: optimizer steps of the whole run, resumed ones included.
+        bad_samples: samples of the whole run that could not be decoded and were replaced.
         skipped_steps: steps of this process that were left out because a gradient was not finite.
         seconds: wall time of the loop.
     """
@@ -59,6 +61,7 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     anchored: dict[str, torch.Tensor] = field(default_factory=dict)
     steps: int = 0
+    bad_samples: int = 0
     skipped_steps: int = 0
     seconds: float = 0.0
 
@@ -88,15 +91,7 @@ def train(config: Config) -> TrainResult:
     model = loaded.model
     if config.training.activation_checkpointing:
         _checkpoint_activations(model)
-    loader = TrainLoader(
-        config.data.train,
-        batch_size=config.training.batch_size,
-        dp_rank=engine.dp_rank,
-        dp_world_size=engine.dp_world_size,
-        seed=config.training.seed,
-        collate=loaded.collator.train,
-        workers=config.data.workers,
-    )
+    loader = train_loader(config, engine, loaded.collator.train)
     total_steps = count_steps(config, loader)
     # Before a checkpoint is loaded: the anchors are the pre-trained weights.
     forward, optimizer = engine.prepare(loaded, config)
@@ -128,7 +123,7 @@ def train(config: Config) -> TrainResult:
     )
     began = time.perf_counter()
     with Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start) as metrics:
-        run = _Run(config, engine, loaded, forward, optimizer, metrics, result)
+        run = _Run(config, engine, loaded, forward, optimizer, metrics, result, loader)
         batches = iter(loader)
         model.train()
         for step in range(start + 1, total_steps + 1):
@@ -146,6 +141,8 @@ def train(config: Config) -> TrainResult:
                     keep=config.checkpoint.keep,
                 )
         engine.finish(forward)
+    result.bad_samples = loader.bad
+    loader.close()
     result.seconds = time.perf_counter() - began
     engine.barrier()
     if isinstance(optimizer, AnchoredOptimizer):
@@ -163,7 +160,7 @@ def count_steps(config: Config, loader: TrainLoader) -> int:
         return config.training.steps
     assert config.training.epochs is not None
     per_step = loader.global_batch_size * config.training.gradient_accumulation
-    steps = math.ceil(config.training.epochs * len(loader.dataset) / per_step)
+    steps = math.ceil(config.training.epochs * loader.samples / per_step)
     if config.schedule.warmup_steps >= steps:
         raise TrainingError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the {steps} steps that "
@@ -194,7 +191,7 @@ def _announce(
         config.optimizer.name,
         engine.world_size,
         engine.device.type,
-        len(loader.dataset),
+        loader.samples,
         loader.global_batch_size * accumulation,
         total_steps,
     )
@@ -213,8 +210,10 @@ class _Run:
         forward: nn.Module,
         optimizer: Optimizer,
         metrics: Metrics,
+        loader: TrainLoader,
         result: TrainResult,
     ) -> None:
+        self.loader = loader
         self.config, self.engine, self.model = config, engine, forward
         self.optimizer, self.metrics, self.result = optimizer, metrics, result
         self.parameters = list(loaded.trained().values())
@@ -233,14 +232,17 @@ class _Run:
         training = self.config.training
         # Dropout of a step depends on nothing that came before: a resumed run needs no generator state.
         torch.manual_seed(_step_seed(training.seed, number, self.engine.dp_rank))
-        micro_batches = self._fetch(batches)
-        answer_tokens, tokens, samples = self.engine.sum(
+        micro_batches, failure = self._fetch(batches)
+        answer_tokens, tokens, samples, bad, failed = self.engine.sum(
             [
                 sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches),
                 sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
                 # not the row that a collator may have added (VqaCollator.always_image): it has no answer
+                self.loader.take_bad(),
+                failure is not None,
                 sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
             ]
+        self._check_data(number, int(bad), failed > 0, failure)
         )
         # The mean over the answer tokens of all ranks and micro-batches. The engine averages gradients over the ranks,
         # hence the factor: a rank with longer answers counts for more, as it would in one process.
@@ -263,11 +265,23 @@ class _Run:
             if layer_stats is not None:
                 self.metrics.write_layers(number, layer_stats())
 
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], Exception | None]:
+        """The step's micro-batches, or why there are none: an error here alone would keep the other ranks waiting."""
         began = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation)]
+        try:
+            micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation)]
+        except Exception as error:
+            return [], error
         self.waited += time.perf_counter() - began
-        return micro_batches
+        return micro_batches, None
+
+    def _check_data(self, number: int, bad: int, failed: bool, failure: Exception | None) -> None:
+        """Stop on every rank in the same step, or on none."""
+        if failure is not None:
+            raise failure
+        if failed:
+            raise TrainingError(f"step {number}: another rank could not load its batch; its own message says why")
+        self.loader.count_bad(bad)
 
     def _update(self, number: int) -> float:
         """Clip, step, zero; returns the gradient norm before clipping."""
@@ -297,6 +311,7 @@ class _Run:
             "tokens_per_s": self.tokens / seconds,
             "memory_mb": memory_mb(self.engine.device),
             "data_wait_s": self.waited,
+            "bad_samples": self.loader.bad,
             "skipped_steps": self.result.skipped_steps,
             "omega_mean": None,
             "conflict_rate": None,

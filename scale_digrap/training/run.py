@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def summarize(result: TrainResult) -> dict[str, Any]:
         "trained_parameters": sum(map(full_numel, trained.values())),
         "stored_anchors": count_anchors(result.optimizer) or len(result.anchored),
         "skipped_steps": result.skipped_steps,
+        "bad_samples": result.bad_samples,
         "truncated_questions": result.collator.truncated,
         "run_dir": str(result.run_dir),
     }
@@ -66,12 +68,12 @@ def _suites(config: Config) -> list[Any]:
     """The configured suites. Their shards are read once now: a missing file must not wait for the end of training."""
     if not config.evaluation.suites:
         return []
-    from scale_digrap.data.loader import ShardDataset
     from scale_digrap.evaluation.suites import Suite
+    from scale_digrap.training.data import open_shards
 
     suites = []
     for name, suite in config.evaluation.suites.items():
-        ShardDataset(suite.shards)
+        open_shards(config.data, suite.shards)
         suites.append(
             Suite(name=name, group=suite.group, shift=suite.shift, metric=suite.metric, shards=tuple(suite.shards))  # type: ignore[arg-type]
         )
@@ -81,6 +83,7 @@ def _suites(config: Config) -> list[Any]:
 def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[str, float | None]:
     from scale_digrap.evaluation.runner import evaluate
     from scale_digrap.evaluation.suites import averages
+    from scale_digrap.training.data import open_shards
 
     engine = result.engine
     results = evaluate(
@@ -92,6 +95,8 @@ def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[st
         device=engine.device,
         batch_size=config.evaluation.batch_size,
         max_new_tokens=config.evaluation.max_new_tokens,
+        workers=config.evaluation.workers,
+        open_shards=partial(open_shards, config.data),
     )
     if engine.rank == 0:
         folder = Path(config.run_dir) / "evaluation"

@@ -11,7 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from scale_digrap.data.loader import DataError, EvalLoader, ShardDataset, TrainLoader, expand_urls
+from scale_digrap.data.loader import DataError, EvalLoader, ShardDataset, TrainLoader
 
 
 def png(number: int) -> bytes:

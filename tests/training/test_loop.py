@@ -170,7 +170,8 @@ def test_log_has_every_figure_of_every_step(checkpoint, shards, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == result.history
     names = (
-        "step loss lr grad_norm samples_per_s tokens_per_s memory_mb data_wait_s skipped_steps omega_mean conflict_rate"
+        "step loss lr grad_norm samples_per_s tokens_per_s memory_mb data_wait_s skipped_steps bad_samples omega_mean "
+        "conflict_rate"
     )
     assert [sorted(line) for line in lines] == [sorted(names.split())] * 4
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
