@@ -249,8 +249,9 @@ class TrainingConfig:
     """``auto`` (the accelerator where there is one), ``cpu`` or ``cuda``."""
 
     keep_anchors: bool = False
-    """Keep a copy of the pre-trained weights for ``TrainResult.anchored`` with AdamW too (DiGraP has them anyway):
-    needed for WiSE-FT and for the drift per layer; 2 to 4 bytes a trained parameter, sharded."""
+    """Keep a copy of the pre-trained weights for ``TrainResult.anchored`` with AdamW too (DiGraP has them anyway;
+    under DeepSpeed in another form): needed for WiSE-FT and for the drift per layer; 2 to 4 bytes a trained parameter,
+    sharded like the parameters."""
 
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite gradient; each one is skipped and counted."""
@@ -333,9 +334,9 @@ class EvaluationConfig:
     max_new_tokens: int = 16
     """Longest generated answer in tokens."""
 
-
     workers: int = 0
     """Loader processes per rank."""
+
 
 @dataclass(kw_only=True)
 class LogConfig:
@@ -386,8 +387,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.anchor": ("auto", "initial", "zero", "none"),
     "optimizer.anchor_dtype": ("auto", "bfloat16", "float32"),
     "schedule.name": ("cosine", "linear", "constant"),
-    "training.precision": ("fp32", "bf16"),
     "data.mixture_epoch": ("all", "first"),
+    "training.precision": ("fp32", "bf16"),
     "training.device": ("auto", "cpu", "cuda"),
     "sharding.engine": ("fsdp", "deepspeed"),
     "checkpoint.final_dtype": ("float32", "bfloat16"),

@@ -19,14 +19,13 @@ from scale_digrap.config import Config, save_config, validate_for_training
 from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
-from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.sharding.zero3 import full_numel
-from scale_digrap.training.data import train_loader
 from scale_digrap.training import checkpoint
+from scale_digrap.training.data import train_loader
 from scale_digrap.training.engine import Engine, TrainingError, create_engine
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
-from scale_digrap.training.optimizer import capture_anchors, digrap_summary
+from scale_digrap.training.optimizer import capture_anchors, digrap_summary, keeps_anchors
 from scale_digrap.training.schedule import build_schedule
 
 log = logging.getLogger(__name__)
@@ -45,10 +44,10 @@ class TrainResult:
         run_dir: logs, configuration, checkpoints, ``final``.
         history: the records of ``log.jsonl``, on every rank (after a resume: on every rank that sees ``run_dir``).
         anchored: pre-trained values by parameter name, sharded like the parameters; without adapters and new layers.
-            Empty for AdamW unless ``training.keep_anchors``.
+            Empty for AdamW and under DeepSpeed unless ``training.keep_anchors``.
         steps: optimizer steps of the whole run, resumed ones included.
-        bad_samples: samples of the whole run that could not be decoded and were replaced.
         skipped_steps: steps of this process that were left out because a gradient was not finite.
+        bad_samples: samples of the whole run that could not be decoded and were replaced.
         seconds: wall time of the loop.
     """
 
@@ -61,8 +60,8 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     anchored: dict[str, torch.Tensor] = field(default_factory=dict)
     steps: int = 0
-    bad_samples: int = 0
     skipped_steps: int = 0
+    bad_samples: int = 0
     seconds: float = 0.0
 
 
@@ -96,7 +95,7 @@ def train(config: Config) -> TrainResult:
     # Before a checkpoint is loaded: the anchors are the pre-trained weights.
     forward, optimizer = engine.prepare(loaded, config)
     anchored = {}
-    if config.training.keep_anchors and not isinstance(optimizer, AnchoredOptimizer):
+    if config.training.keep_anchors and not keeps_anchors(optimizer):
         anchored = capture_anchors(loaded, engine)
     scheduler = build_schedule(optimizer, config.schedule, total_steps)
 
@@ -141,11 +140,11 @@ def train(config: Config) -> TrainResult:
                     keep=config.checkpoint.keep,
                 )
         engine.finish(forward)
+    result.seconds = time.perf_counter() - began
     result.bad_samples = loader.bad
     loader.close()
-    result.seconds = time.perf_counter() - began
     engine.barrier()
-    if isinstance(optimizer, AnchoredOptimizer):
+    if keeps_anchors(optimizer):
         result.anchored = engine.anchors(loaded, optimizer)
     if start and (run_dir / "log.jsonl").is_file():
         result.history = read_log(run_dir / "log.jsonl")
@@ -210,11 +209,11 @@ class _Run:
         forward: nn.Module,
         optimizer: Optimizer,
         metrics: Metrics,
-        loader: TrainLoader,
         result: TrainResult,
+        loader: TrainLoader,
     ) -> None:
-        self.loader = loader
         self.config, self.engine, self.model = config, engine, forward
+        self.loader = loader
         self.optimizer, self.metrics, self.result = optimizer, metrics, result
         self.parameters = list(loaded.trained().values())
         self.skipped_in_a_row = 0
@@ -238,12 +237,12 @@ class _Run:
                 sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches),
                 sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
                 # not the row that a collator may have added (VqaCollator.always_image): it has no answer
+                sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
                 self.loader.take_bad(),
                 failure is not None,
-                sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
             ]
-        self._check_data(number, int(bad), failed > 0, failure)
         )
+        self._check_data(number, int(bad), failed > 0, failure)
         # The mean over the answer tokens of all ranks and micro-batches. The engine averages gradients over the ranks,
         # hence the factor: a rank with longer answers counts for more, as it would in one process.
         scale = self.engine.dp_world_size / answer_tokens
@@ -311,8 +310,8 @@ class _Run:
             "tokens_per_s": self.tokens / seconds,
             "memory_mb": memory_mb(self.engine.device),
             "data_wait_s": self.waited,
-            "bad_samples": self.loader.bad,
             "skipped_steps": self.result.skipped_steps,
+            "bad_samples": self.loader.bad,
             "omega_mean": None,
             "conflict_rate": None,
             **(digrap_summary(self.optimizer) if self.stepped else {}),
