@@ -23,6 +23,7 @@ examples:
   scale-digrap train configs/quickstart.yaml
   scale-digrap train configs/quickstart.yaml optimizer.name=adamw optimizer.lr=3e-4
   torchrun --nproc-per-node 8 -m scale_digrap train configs/paligemma_vqav2_lora.yaml training.batch_size=4
+  deepspeed --module scale_digrap train configs/paligemma_vqav2_zero3.yaml
 """
 
 
@@ -45,11 +46,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="scale-digrap", description="Robust fine-tuning of vision-language models at scale."
     )
     parser.add_argument("--version", action="version", version=f"scale-digrap {__version__}")
+    # DeepSpeed's launcher puts it before everything else; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = commands.add_parser(
         "train",
-        help="fine-tune a model as a configuration says, alone or under torchrun",
+        help="fine-tune a model as a configuration says, alone or under torchrun or the deepspeed launcher",
         epilog=TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -233,6 +234,8 @@ def _start_deepspeed(device: torch.device) -> None:
             f"DS_ACCELERATOR, or train in a process of its own"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by names that newer versions of torch replace.
+    warnings.filterwarnings("ignore", message="`torch.distributed..*` is deprecated", category=FutureWarning)
     sdds.skip_cpu_communication_op()
     os.environ.setdefault("LOCAL_RANK", "0")  # a run without a launcher
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
