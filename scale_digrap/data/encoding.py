@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from scale_digrap.data.shards import image_extension, image_fields
 from scale_digrap.data.sources.records import Record
@@ -89,6 +89,8 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
             return Unreadable(path, MISSING)
         try:
             images.append(_picture(path, options))
+        except UnidentifiedImageError:  # its own text holds a memory address
+            return Unreadable(path, "not a picture in a known format")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
             return Unreadable(path, str(error))
     found = image_fields(images) if images else {}

@@ -56,6 +56,8 @@ def write_source(
     folder = Path(folder)
     for record in source.records:
         check_key(record.key)
+    if len({record.key for record in source.records}) < len(source.records):
+        raise ShardWriteError(f"{source.description}: two records have the same key")
     missing = _missing(source.records, options.allow_missing)
     fingerprint = _fingerprint(source, options, missing)
     finished = _finished(folder, fingerprint)

@@ -134,7 +134,7 @@ def _source(description: str, root: Path, items: list[tuple[str, int]], names: l
     spoken = [name.replace("_", " ") for name in names]
     if len(set(spoken)) < len(spoken):
         raise ShardWriteError(f"{description}: two class names differ only by '_' and a blank")
-    keys = unique_keys([path.rpartition(".")[0] or path for path, _ in items])
+    keys = unique_keys([path.rpartition(".")[0] or path for path, _ in items], [path for path, _ in items])
     records = []
     for key, (path, label) in zip(keys, items, strict=True):
         content = {"question": question, "answers": [spoken[label]], "question_id": path, "image_id": path}

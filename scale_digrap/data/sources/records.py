@@ -81,7 +81,10 @@ def to_records(questions: Sequence[Question], *, grouped: bool, shared: Sequence
     for question in questions:
         # Text alone has nothing to share.
         groups.setdefault(question.images or ("", question.identity), []).append(question)
-    keys = unique_keys([_stem(images[0]) if images[0] else images[1] for images in groups])
+    keys = unique_keys(
+        [Path(images[0]).stem if images[0] else images[1] for images in groups],
+        ["\0".join(images) for images in groups],
+    )
     return [_group(key, members, shared) for key, members in zip(keys, groups.values(), strict=True)]
 
 
@@ -108,16 +111,20 @@ def check_content(identity: str, content: dict[str, Any]) -> None:
         raise ShardWriteError(f"question {identity}: needs a list of one or more answers, got {answers!r}")
 
 
-def unique_keys(names: Sequence[str]) -> list[str]:
-    """Keys for names: letters, digits, ``_`` and ``-`` alone. What is not the name itself any more, and would be equal
-    or too long, gets a digest of the name, so that a key depends on its own name and no other of the same spelling."""
+def unique_keys(names: Sequence[str], identities: Sequence[str] | None = None) -> list[str]:
+    """Keys for names: letters, digits, ``_`` and ``-`` alone.
+
+    Args:
+        names: what a key should look like; need not be unique.
+        identities: unique; names by default. Keys that would be equal or too long get a digest of theirs.
+    """
     plain = [re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "x" for name in names]
     counts = Counter(plain)
     keys = []
-    for name, short in zip(names, plain, strict=True):
-        if counts[short] > 1 or len(short) > _LONGEST_KEY:
-            short = f"{short[: _LONGEST_KEY - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        keys.append(short)
+    for identity, key in zip(identities or names, plain, strict=True):
+        if counts[key] > 1 or len(key) > _LONGEST_KEY:
+            key = f"{key[: _LONGEST_KEY - 13]}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        keys.append(key)
     return keys
 
 
@@ -144,7 +151,3 @@ def string_list(answers: Any, take: Callable[[Any], Any] = lambda answer: answer
     if not all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in values):
         return None
     return [str(value) for value in values]
-
-
-def _stem(path: str) -> str:
-    return Path(path).stem
