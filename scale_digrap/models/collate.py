@@ -73,8 +73,9 @@ class VqaCollator:
         max_length: longest sequence in tokens, image tokens and answer included. Longer questions lose words at their
             end; ``truncated`` counts them.
 
-    Works for batches with images, without any, and mixed ones. A sample without an image gets the same prompt without
-    image tokens; a batch without any image has no ``pixel_values``.
+    Works for batches with one image or several a sample, without any, and mixed ones. Images come before the question,
+    in order. A sample without an image gets the same prompt without image tokens; a batch without any image has no
+    ``pixel_values``.
 
     Attributes:
         always_image: give a batch without any image one more row, its last, with a blank image and no label. It changes
@@ -146,7 +147,7 @@ class VqaCollator:
         questions = [sample.question for sample in samples]
         pictured = [index for index, sample in enumerate(samples) if sample.image is not None]
         plain = [index for index, sample in enumerate(samples) if sample.image is None]
-        images = {index: _decode(samples[index]) for index in pictured}
+        images = {index: [_decode(image) for image in samples[index].images] for index in pictured}
         rows, image_inputs = self._tokenise(questions, pictured, plain, images)
         if self.max_length is not None:
             for index, row in enumerate(rows):
@@ -155,14 +156,16 @@ class VqaCollator:
                     rows[index] = self._shorten(samples[index], images.get(index), over, reserve[index])
         return rows, image_inputs
 
-    def _shorten(self, sample: VqaSample, image: Image.Image | None, over: int, reserve: int) -> dict[str, list[int]]:
+    def _shorten(
+        self, sample: VqaSample, images: list[Image.Image] | None, over: int, reserve: int
+    ) -> dict[str, list[int]]:
         """The row of a sample whose question has lost as many words at its end as it takes to fit."""
         words = sample.question.split()
         assert self.max_length is not None
         while words and over > 0:
             # A word is at least one token, so `over` words would often be too many: drop half of them at a time.
             words = words[: max(0, len(words) - max(1, over // 2))]
-            selection = ([0], [], {0: image}) if image is not None else ([], [0], {})
+            selection = ([0], [], {0: images}) if images else ([], [0], {})
             (row,), _ = self._tokenise([" ".join(words)], *selection)
             over = len(row["input_ids"]) + reserve - self.max_length
         if over > 0:
@@ -180,16 +183,16 @@ class VqaCollator:
         return row
 
     def _tokenise(
-        self, questions: Sequence[str], pictured: list[int], plain: list[int], images: dict[int, Any]
+        self, questions: Sequence[str], pictured: list[int], plain: list[int], images: dict[int, list[Image.Image]]
     ) -> tuple[list[dict[str, list[int]]], dict[str, torch.Tensor]]:
         rows: list[dict[str, list[int]]] = [{} for _ in questions]
         image_inputs: dict[str, torch.Tensor] = {}
         if pictured:
-            texts = [self._prompt_text(questions[index], with_image=True) for index in pictured]
+            texts = [self._prompt_text(questions[index], images=len(images[index])) for index in pictured]
             # Padded, because PaliGemma's processor makes a rectangular array of labels; the padding is stripped below.
             encoded = self.processor(
                 text=texts,
-                images=[[images[index]] for index in pictured],
+                images=[images[index] for index in pictured],
                 padding=True,
                 **self._special_tokens(texts[0]),
             )
@@ -202,7 +205,7 @@ class VqaCollator:
                 if name not in (*_TOKEN_INPUTS, "attention_mask", "labels")
             }
         if plain:
-            texts = [self._prompt_text(questions[index], with_image=False) for index in plain]
+            texts = [self._prompt_text(questions[index], images=0) for index in plain]
             encoded = self.tokenizer(texts, **self._special_tokens(texts[0]))
             for index, ids in zip(plain, encoded["input_ids"], strict=True):
                 rows[index] = {"input_ids": list(ids), **{name: [0] * len(ids) for name in self._token_inputs}}
@@ -216,21 +219,21 @@ class VqaCollator:
 
     def _blank(self) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
         """The row of a question about a blank image, and its image tensors."""
-        (row,), image_inputs = self._tokenise(["?"], [0], [], {0: Image.new("RGB", (64, 64))})
+        (row,), image_inputs = self._tokenise(["?"], [0], [], {0: [Image.new("RGB", (64, 64))]})
         return {**row, "attention_mask": [1] * len(row["input_ids"])}, image_inputs
 
-    def _prompt_text(self, question: str, *, with_image: bool) -> str:
+    def _prompt_text(self, question: str, *, images: int) -> str:
         prompt = self.template.render(question)
         if self._paligemma:
             # Its processor adds <bos> after the image tokens and a newline; without an image we write the same layout.
-            return f"<image>{prompt}" if with_image else f"{self.tokenizer.bos_token}{prompt}\n"
+            return "<image>" * images + prompt if images else f"{self.tokenizer.bos_token}{prompt}\n"
         if self._chat:
-            content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+            content: list[dict[str, str]] = [{"type": "image"}] * images
             content.append({"type": "text", "text": prompt})
             return self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-        return f"{self.processor.image_token}\n{prompt}" if with_image else prompt
+        return f"{self.processor.image_token}\n" * images + prompt
 
     def _special_tokens(self, text: str) -> dict[str, bool]:
         """A chat template that writes the <bos> itself must not get a second one from the tokenizer."""
@@ -269,9 +272,7 @@ def _tensor(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(item) for item in value]))
 
 
-def _decode(sample: VqaSample) -> Image.Image:
-    image = sample.image
+def _decode(image: Image.Image | bytes) -> Image.Image:
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
-    assert image is not None
     return image if image.mode == "RGB" else image.convert("RGB")

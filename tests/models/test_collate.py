@@ -179,3 +179,30 @@ def test_images_come_decoded_or_as_bytes(collator):
     assert torch.equal(collator.train([as_bytes])["pixel_values"], collator.train(SAMPLES[:1])["pixel_values"])
     with pytest.raises(CollateError, match="empty batch"):
         collator.train([])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_several_images_in_one_sample_are_what_the_processor_makes(checkpoint, family):
+    processor = load_processor(ModelConfig(path=str(checkpoint(family))))
+    collator = VqaCollator(processor, PromptTemplate("{question}"))
+    pictures = [tiny.picture("red", 1), tiny.picture("blue", 2)]
+    several = VqaSample("m", pictures[0], "which is red", ["red"], "m", more_images=[pictures[1]])
+    batch = collator.generate([several, SAMPLES[0]])
+    if family == "paligemma":
+        theirs = processor(text=["<image><image>which is red"], images=[pictures], return_tensors="pt")
+    else:
+        content = [*({"type": "image", "image": picture} for picture in pictures)]
+        content.append({"type": "text", "text": several.question})
+        theirs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    assert torch.equal(unpadded(batch, 0), theirs["input_ids"][0])
+    (alone,) = (collator.generate([SAMPLES[0]])["pixel_values"],)
+    assert torch.equal(batch["pixel_values"], torch.cat([theirs["pixel_values"], alone]))
+    # the second picture is looked at: another one gives other pixels
+    several.more_images = [tiny.picture("green", 3)]
+    assert not torch.equal(collator.generate([several, SAMPLES[0]])["pixel_values"], batch["pixel_values"])
