@@ -33,6 +33,11 @@ def config(path: str, data_: str, run_dir_: str, /, **sections: dict[str, Any]) 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the unsharded value (collective where sharded)."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
