@@ -18,7 +18,15 @@ from PIL import Image
 from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import DataError, ReadError, SampleError, ShardDamage
 from scale_digrap.data.faults import FaultPolicy, retry
-from scale_digrap.data.index import IMAGE_EXTENSIONS, Manifest, ShardEntry, check_distinct, image_number, load_index
+from scale_digrap.data.index import (
+    IMAGE_EXTENSIONS,
+    Manifest,
+    ShardEntry,
+    check_distinct,
+    hash_shard,
+    image_number,
+    load_index,
+)
 from scale_digrap.data.sample import VqaSample, parse_class, parse_json, parse_record
 from scale_digrap.data.scan import ShardIndex
 from scale_digrap.data.store import ShardStore
@@ -73,7 +81,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         listed = [name for manifest in manifests for name in manifest.classes or ()]
         self.classes = list(classes) if classes is not None else listed or None
         self.entries = [self._entry(number) for number in range(len(self.urls))]
-        check_distinct(self.entries)
+        check_distinct(self.entries, self._sha256)
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
         """Samples of every shard."""
         self._ends: list[int] = np.cumsum(self.counts).tolist()
@@ -194,6 +202,10 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         # The store has compared the checksum, so an index survives that a shard is fetched anew.
         cache = self.store.cache.folder / "index" if self.store.cache is not None else self.cache_dir
         return load_index(path, cache_dir=cache, beside=False, sha256=line.sha256 if line else "")
+
+    def _sha256(self, number: int) -> str:
+        index = self._index(number, self._lines.get(number))
+        return hash_shard(self.store.path(self.urls[number], self._lines.get(number)), index).sha256
 
     def _open(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():  # forked: descriptors are the parent's to close

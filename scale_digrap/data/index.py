@@ -14,7 +14,7 @@ import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -209,20 +209,28 @@ def index_shards(
     return Manifest(shards=entries)
 
 
-def check_distinct(entries: Sequence[ShardEntry]) -> None:
+def check_distinct(entries: Sequence[ShardEntry], sha256: Callable[[int], str] | None = None) -> None:
     """Refuse a shard that occurs twice under two names: its samples would count twice.
+
+    Args:
+        entries: of a set.
+        sha256: computes the checksum of shard i; called for those that could be equal and have none yet.
 
     Raises:
         DataError: naming both.
     """
-    seen: dict[str, str] = {}
-    for entry in entries:
-        # An empty shard has no samples to repeat.
-        if entry.layout and entry.samples and seen.setdefault(entry.layout, entry.name) != entry.name:
-            raise DataError(
-                f"{seen[entry.layout]} and {entry.name} hold the same samples (same keys and sizes): is one a copy? "
-                "Its samples would count twice"
-            )
+    seen: dict[str, list[int]] = {}
+    for number, entry in enumerate(entries):
+        if not entry.layout or not entry.samples:  # an empty shard has no samples to repeat
+            continue
+        for other in seen.setdefault(entry.layout, []):
+            sums = [entries[i].sha256 or (sha256(i) if sha256 else "") for i in (other, number)]
+            if sums[0] == sums[1]:
+                raise DataError(
+                    f"{entries[other].name} and {entry.name} hold the same samples: one is a copy, and its samples "
+                    "would count twice"
+                )
+        seen[entry.layout].append(number)
 
 
 def _entry(job: tuple[Path, Path | None, tuple[str, ...]]) -> ShardEntry:
