@@ -1,35 +1,19 @@
-"""DiGraP under DeepSpeed: ``initialize`` or ``attach``, and what a checkpoint needs on another number of ranks.
-
-Example::
-
-    optimizer = DiGraP(model.named_parameters(), lr=1e-5)
-    engine, *_ = scale_digrap.deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-
-    # or, where something else calls deepspeed.initialize:
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    scale_digrap.deepspeed.attach(engine)
-"""
+"""``initialize`` and ``attach``: a client optimizer learns where its layers lie, and when a training step begins."""
 
 from __future__ import annotations
 
-import copy
-import json
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.deepspeed.support import DeepSpeedError, check_config, check_engine, read_config
 from scale_digrap.optim.anchored import AnchoredOptimizer
-from scale_digrap.sharding.zero import ZeroLayout, full_shape, prove, read_table
-
-
-class DeepSpeedError(ScaleDigrapError):
-    """A DeepSpeed configuration or engine under which an anchored optimizer would be wrong, or was never tried."""
+from scale_digrap.sharding.zero import ZeroLayout, prove, read_table
+from scale_digrap.sharding.zero3 import full_shape
 
 
 def skip_cpu_communication_op() -> None:
@@ -69,11 +53,11 @@ def initialize(
     import deepspeed
 
     skip_cpu_communication_op()
-    settings = _read_config(config)
+    settings = read_config(config)
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     if isinstance(optimizer, AnchoredOptimizer):
-        _check_config(settings)
+        check_config(settings)
     result = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **kwargs)
     attach(result[0])
     return result
@@ -96,26 +80,26 @@ def attach(engine: Any) -> None:
     optimizer = client_optimizer(engine)
     if not isinstance(optimizer, AnchoredOptimizer):
         return
-    _check_engine(engine)
+    check_engine(engine)
     if engine.optimizer is optimizer:  # stage 0 in fp32: the parameters themselves
         optimizer.init_state()
         return
     table = read_table(engine)
     given = {id(param): name for name, param in optimizer.given_parameters}
     in_model = {id(param): name for name, param in engine.module.named_parameters()}
-    numbered = all(name == f"param_{i}" for i, (name, _) in enumerate(optimizer.given_parameters))
-    names = []
     for param in table.params:
-        name = in_model.get(id(param)) if numbered else given.get(id(param))
-        if name is None:
+        if id(param) not in given:
             raise DeepSpeedError(
-                f"the engine trains a parameter of shape {tuple(full_shape(param))} that {type(optimizer).__name__} was "
-                "not given: build the optimizer from the parameters of the model that goes to deepspeed.initialize"
+                f"the engine trains {in_model.get(id(param), 'a parameter')!r} of shape {tuple(full_shape(param))}, "
+                f"which {type(optimizer).__name__} was not given: build the optimizer from the parameters of the model "
+                "that goes to deepspeed.initialize"
             )
-        names.append(name)
+    model_names = [in_model.get(id(param), given[id(param)]) for param in table.params]
+    unnamed = all(name == f"param_{i}" for i, (name, _) in enumerate(optimizer.given_parameters))
+    names = model_names if unnamed else [given[id(param)] for param in table.params]
     prove(table, names)
     group_of = [table.flat_groups[k] for k in table.holders]
-    optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, by_rows, engine.optimizer))
+    optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, model_names, by_rows, engine.optimizer))
     _guard_step(engine.optimizer, optimizer, _watch_gradients(engine.optimizer, table.params))
 
 
@@ -123,6 +107,13 @@ def client_optimizer(engine: Any) -> Any:
     """The optimizer that was given to ``deepspeed.initialize``."""
     wrapper = engine.optimizer
     return getattr(wrapper, "optimizer", wrapper)
+
+
+def attached_layout(engine: Any) -> ZeroLayout | None:
+    """Where the layers lie in the engine's partitions; ``None`` for other optimizers and for stage 0 in fp32."""
+    optimizer = client_optimizer(engine)
+    layout = optimizer.layout if isinstance(optimizer, AnchoredOptimizer) else None
+    return layout if isinstance(layout, ZeroLayout) else None
 
 
 @torch.no_grad()
@@ -205,6 +196,7 @@ def _guard_step(zero: Any, optimizer: AnchoredOptimizer, watch: _Watch | None) -
     def step(*args: Any, **kwargs: Any) -> Any:
         optimizer.init_state()
         layout = optimizer.layout
+        assert isinstance(layout, ZeroLayout)
         layout.begin(optimizer.param_groups, watch.take() if watch else None)
         result = original(*args, **kwargs)
         layout.end()
@@ -212,94 +204,3 @@ def _guard_step(zero: Any, optimizer: AnchoredOptimizer, watch: _Watch | None) -
 
     step.attached = True  # type: ignore[attr-defined]
     zero.step = step
-
-
-# -- what cannot work --------------------------------------------------------------------------------------------------
-
-
-def _read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
-    path = Path(config)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DeepSpeedError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DeepSpeedError(f"the DeepSpeed configuration {path} is not JSON: {error}") from None
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    """What is certain to be refused is refused before the model is partitioned."""
-    zero = config.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer") or {}
-    if "optimizer" in config:
-        raise DeepSpeedError("the DeepSpeed configuration names an optimizer too: remove its 'optimizer' section")
-    if not config["zero_allow_untested_optimizer"] or config["zero_force_ds_cpu_optimizer"]:
-        raise DeepSpeedError(
-            "a client optimizer needs zero_allow_untested_optimizer=true and zero_force_ds_cpu_optimizer=false: remove "
-            "both from the DeepSpeed configuration"
-        )
-    for wrong, reason in (
-        (zero.get("elastic_checkpoint"), _ELASTIC),
-        (offload.get("device") == "nvme", _NVME),
-        ((zero.get("offload_param") or {}).get("device") == "nvme", _NVME),
-        (float(offload.get("ratio", 1.0)) < 1.0, _PARTIAL),
-        (offload.get("super_offload"), _SUPER),
-        (zero.get("zenflow"), _ZENFLOW),
-    ):
-        if wrong:
-            raise DeepSpeedError(reason)
-
-
-_ELASTIC = (
-    "zero_optimization.elastic_checkpoint truncates per-layer state when it saves: remove it; a checkpoint for another "
-    "number of ranks is a Universal Checkpoint"
-)
-_NVME = "NVMe offload swaps only Adam's own state, all of one dtype: use offload_optimizer.device=cpu"
-_PARTIAL = "offload_optimizer.ratio below 1 steps a part of each partition in DeepSpeed's own Adam: use ratio=1"
-_SUPER = "SuperOffload steps partitions in DeepSpeed's own Adam, in other processes: remove super_offload"
-_ZENFLOW = "ZenFlow steps chosen columns in DeepSpeed's own Adam: remove zenflow"
-
-
-def _check_engine(engine: Any) -> None:
-    zero = engine.optimizer
-    if getattr(zero.step, "attached", False):
-        raise DeepSpeedError("this engine's optimizer is attached already: scale_digrap.deepspeed.initialize does it")
-    mpu = getattr(engine, "mpu", None)
-    tensor_parallel = max(
-        int(engine.autotp_size() or 0) if hasattr(engine, "autotp_size") else 0,
-        int(mpu.get_model_parallel_world_size()) if mpu is not None else 1,
-    )
-    for wrong, reason in (
-        (getattr(zero, "elastic_checkpoint", False), _ELASTIC),
-        (getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False), _NVME),
-        (getattr(zero, "partial_offload", 1.0) not in (None, 1.0, 0.0, False, True), _PARTIAL),
-        (hasattr(engine, "super_offload") and engine.super_offload(), _SUPER),
-        (getattr(zero, "zenflow", False), _ZENFLOW),
-        (getattr(engine, "has_moe_layers", False), "mixture-of-experts layers are partitioned over other ranks"),
-        (tensor_parallel > 1, _tensor_parallel_reason(engine)),
-        (
-            getattr(zero, "torch_autocast_gradscaler", None) is not None,
-            "torch's GradScaler may skip a step on one rank alone: use bf16",
-        ),
-        (
-            hasattr(engine, "is_deepcompile_enabled") and engine.is_deepcompile_enabled(),
-            "DeepCompile reduces gradients in a graph of its own: remove compile.deepcompile",
-        ),
-    ):
-        if wrong:
-            raise DeepSpeedError(reason)
-
-
-def _tensor_parallel_reason(engine: Any) -> str:
-    names = [
-        name
-        for name, param in engine.module.named_parameters()
-        if getattr(param, "tensor_model_parallel", False) or getattr(param, "ds_tp_meta", None) is not None
-    ]
-    first = f" (first: {names[0]!r})" if names else ""
-    return (
-        f"tensor-parallel layers{first} are cut over other ranks than ZeRO's, and their sums would be incomplete: use "
-        "ZeRO alone, or FSDP2 with tensor parallelism, which is supported"
-    )

@@ -209,7 +209,16 @@ class AnchoredOptimizer(Optimizer):
         """Where the layers live; ``None`` before :meth:`init_state`."""
         return self._layout
 
-    def _take_layer_state(self) -> dict[str, dict[str, float]] | None:
+    def adopt_loaded_state(self) -> None:
+        """Take over at once what an engine's loader has put into the parameter groups; else the next step does.
+
+        By then a scheduler may have set the learning rate, which is therefore restored only here.
+        """
+        saved = self._take_layer_state()
+        if saved is not None:
+            self._pack(saved)
+
+    def _take_layer_state(self, *, keep_lr: bool = False) -> dict[str, dict[str, float]] | None:
         """Per-layer scalars that a checkpoint has put into the parameter groups, by layer name; options go back too."""
         found = [group.pop(LAYER_STATE) for group in self.param_groups if LAYER_STATE in group]
         if not found:
@@ -221,15 +230,24 @@ class AnchoredOptimizer(Optimizer):
         # Loading a Universal Checkpoint under ZeRO-3 writes the first group's options into every group.
         if len(saved["groups"]) == len(self.param_groups):
             for group, options in zip(self.param_groups, saved["groups"], strict=True):
-                group.update(options)
+                group.update({key: value for key, value in options.items() if not keep_lr or key != "lr"})
         return saved["layers"]
 
-    def _layer_state(self) -> dict[str, Any]:
+    def layer_state(self) -> dict[str, dict[str, float]]:
+        """Every layer's scalars, ``step`` among them, by layer name; equal on all ranks."""
         columns = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True)) | {"step": self._steps.tolist()}
-        layers = {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self._names)}
+        return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self._names)}
+
+    def load_layer_state(self, layers: Mapping[str, Mapping[str, float]]) -> None:
+        """Put back what :meth:`layer_state` told; tensors of the state are loaded by whoever calls this."""
+        self._pack(layers)
+
+    def _layer_state(self) -> dict[str, Any]:
+        layers = self.layer_state()
         options = set(self.defaults) | {"initial_lr"}
         groups = [{key: value for key, value in group.items() if key in options} for group in self.param_groups]
-        return {"version": 1, "layers": layers, "groups": groups}
+        assert self._layout is not None
+        return {"version": 1, "layers": layers, "groups": groups, "pieces": self._layout.pieces()}
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer``; an attached optimizer adds its per-layer scalars to the first group."""
@@ -262,7 +280,7 @@ class AnchoredOptimizer(Optimizer):
                 not hold an anchor exactly; two layers of one name.
         """
         if self._attached:
-            saved = self._take_layer_state()
+            saved = self._take_layer_state(keep_lr=True)
             if saved is not None:
                 self._pack(saved)
             return
@@ -379,7 +397,11 @@ class AnchoredOptimizer(Optimizer):
             for row, key in enumerate(self.layer_scalars):
                 packed[row, index] = float(own.get(key, 0.0))
         self._packed, self._steps = packed.to(device), steps.to(device)
-        if not self._attached:
+        if self._attached:
+            for holder, tensor in enumerate(layout.tensors):
+                taken = [step for step, k in zip(steps.tolist(), layout.holders, strict=True) if k == holder]
+                self.state[tensor]["step"] = torch.tensor(max(taken, default=0.0))
+        else:
             for index in range(len(self._names)):
                 state = self._state_of(index)
                 state["step"] = self._steps[index]
@@ -425,7 +447,7 @@ class AnchoredOptimizer(Optimizer):
                 if "anchor" not in state and "anchor" in old:
                     state["anchor"] = old["anchor"]
             if self._attached:
-                self.init_state()
+                self.adopt_loaded_state()
                 return
             self._reset_caches()
             known = {id(param) for _, param in self._given}

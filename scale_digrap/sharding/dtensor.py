@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
 from scale_digrap.sharding.placement import Placement, RowRun
@@ -64,6 +65,19 @@ def shard_count(tensor: Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 1
     return math.prod(tensor.device_mesh.size(i) for i in sharded_dims(tensor))
+
+
+def first_element(tensor: Tensor) -> int | None:
+    """Where in the flattened unsharded tensor the local elements begin; ``None`` where they are not one range."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    dims = sharded_dims(tensor)
+    if any(getattr(tensor.placements[i], "dim", None) != 0 for i in dims):
+        return None
+    if any(getattr(tensor.placements[i], "split_factor", 1) != 1 for i in dims):
+        return None
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0] * tensor.shape[1:].numel() if offset and torch.Size(shape).numel() else 0
 
 
 def _chunk(values: Tensor, dim: int, chunks: int, which: int) -> Tensor:

@@ -159,6 +159,15 @@ class ShardLayout:
         """A layer's unsharded tensor, out of the tensor that holds it or a state tensor made like that; collective."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
+    def first_element(self, index: int) -> int | None:
+        """Where in the flattened layer the local elements begin; ``None`` where they are not one contiguous range."""
+        offset = self.placements[index].offset
+        return dtensor.first_element(self.tensors[index]) if offset is None else offset
+
+    def pieces(self) -> dict[str, Any]:
+        """What a checkpoint's reader needs to find the layers in tensors that hold several; nothing elsewhere."""
+        return {}
+
     def grad_factors(self) -> Tensor | None:
         """float64 ``[n_layers]``: what :meth:`local_grads` has yet to be multiplied with; ``None`` for ones."""
         return None
@@ -185,7 +194,7 @@ class ShardLayout:
 
     def local_of_full(self, index: int, full: Tensor) -> Tensor:
         """The local elements of a layer out of a tensor of the unsharded layer's shape (or a DTensor of it)."""
-        offset, param = self.placements[index].offset, self.tensors[index]
+        offset, param = self.placements[index].offset, self.tensors[self.holders[index]]
         if offset is None:
             return dtensor.local(dtensor.shard_like(param, full))
         numel = self.placements[index].numel

@@ -1,10 +1,10 @@
 """DeepSpeed ZeRO: flat fp32 partitions that cut through layers, stepped one after another.
 
 ZeRO puts flat tensors in place of the parameters that an optimizer was given: one per parameter group (stages 1 and 2,
-``BF16_Optimizer``), one per sub-group (stage 3), or one fp32 copy per parameter (stage 0 with bf16). Each holds, on each
-rank, at most one contiguous segment of each of its layers, and padding, which may be uninitialised memory and is never
-read here. :func:`read_table` finds the segments, :func:`prove` checks them by value and by coverage over the ranks,
-and :class:`ZeroLayout` makes them what :class:`~scale_digrap.sharding.layout.ShardLayout` promises.
+``BF16_Optimizer``), one per sub-group (stage 3), or one fp32 copy per parameter (stage 0 with bf16). Each holds, on
+each rank, at most one contiguous segment of each of its layers, and padding, which may be uninitialised memory and is
+never read here. :func:`read_table` finds the segments, :func:`prove` checks them by value and by coverage over the
+ranks, and :class:`ZeroLayout` makes them what :class:`~scale_digrap.sharding.layout.ShardLayout` promises.
 
 ``step()`` of the optimizer is called once per flat tensor, inside the engine's step. The first call of a training step
 completes the sums of ALL layers with one reduction: of the tensors that are not stepped in that call the gradients
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from scale_digrap.sharding.layout import Layer, ShardLayout, Turn
 from scale_digrap.sharding.placement import Placement, flat_runs
+from scale_digrap.sharding.zero3 import full_shape
 
 _PROVEN_STEPS = 2  # training steps in which early gradients are compared with those that the engine hands over
 
@@ -63,11 +64,6 @@ class ZeroTable:
     shards: int
     process_group: dist.ProcessGroup | None
     device: torch.device
-
-
-def full_shape(param: Any) -> torch.Size:
-    """The shape of the unsharded parameter, also where ZeRO-3 has emptied it."""
-    return torch.Size(param.ds_shape) if hasattr(param, "ds_shape") else param.shape
 
 
 def read_table(engine: Any) -> ZeroTable:
@@ -111,8 +107,8 @@ def _read_partitions(
             raise ZeroLayoutError(f"the parameters of group {k} are not views of one buffer")
         size, base = flat.numel(), min(param.data.storage_offset() for param in group)
         for param in group:
-            first = param.data.storage_offset() - base
-            low, high = max(first, rank * size), min(first + param.numel(), (rank + 1) * size)
+            first = int(param.data.storage_offset() - base)
+            low, high = max(first, rank * size), min(first + int(param.numel()), (rank + 1) * size)
             empty = high <= low
             params.append(param)
             holders.append(k)
@@ -189,12 +185,15 @@ class ZeroLayout(ShardLayout):
     Args:
         table: proven.
         names: one name per layer.
+        model_names: the layers' names in the engine's module, by which DeepSpeed's own checkpoints know them.
         by_rows: for each layer, whether its row sums are wanted.
         zero: DeepSpeed's optimizer wrapper, asked for gradients that the flat tensors do not have yet.
     """
 
-    def __init__(self, table: ZeroTable, names: Sequence[str], by_rows: Sequence[bool], zero: Any) -> None:
-        self.table, self._zero = table, zero
+    def __init__(
+        self, table: ZeroTable, names: Sequence[str], model_names: Sequence[str], by_rows: Sequence[bool], zero: Any
+    ) -> None:
+        self.table, self.model_names, self._zero = table, list(model_names), zero
         layers, placements = [], []
         for param, segment, name, rows in zip(table.params, table.segments, names, by_rows, strict=True):
             shape = full_shape(param)
@@ -230,6 +229,11 @@ class ZeroLayout(ShardLayout):
         buffer[segment.offset : segment.offset + segment.numel] = here
         dist.all_reduce(buffer, group=self.process_group)  # every element is on one rank, and 0 on the others
         return buffer.view(shape)
+
+    def pieces(self) -> dict[str, Any]:
+        """Name in the model → (number of its flat tensor, first element there, elements, first of the layer's)."""
+        parts = zip(self.model_names, self.holders, self.table.segments, strict=True)
+        return {name: (k, part.start, part.numel, part.offset) for name, k, part in parts}
 
     # -- one training step ---------------------------------------------------------------------------------------------
 
@@ -344,7 +348,7 @@ def _early_gradient(zero: Any, holder: int, numel: int) -> list[Tensor]:
     """The pieces whose concatenation DeepSpeed will make the gradient of a flat tensor."""
     pieces = zero.averaged_gradients.get(holder)
     if pieces is None:
-        raise ZeroLayoutError(f"DeepSpeed holds no gradient of its partition {holder}: call engine.backward(loss) first")
+        raise ZeroLayoutError(f"DeepSpeed has no gradient of its partition {holder}: call engine.backward(loss) first")
     parts = [piece.reshape(-1) for piece in pieces]
     if sum(part.numel() for part in parts) > numel:
         raise ZeroLayoutError(f"DeepSpeed's gradient of its partition {holder} is longer than the partition")
