@@ -68,13 +68,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     _quickstart_arguments(quickstart, arguments)
 
-    shards = commands.add_parser("shards", help="make data sets of webdataset tar shards")
-    actions = shards.add_subparsers(title="actions", metavar="ACTION", required=True)
-    write = actions.add_parser("write", help="write a known data set as shards")
-    write.add_argument("dataset", choices=["easy-vqa"], help="easy-vqa: the quick-start's training set and suites")
-    write.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
-    write.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
-    write.set_defaults(run=_write_shards)
+    shards = commands.add_parser("shards", help="write, check, describe and repair data sets of webdataset tar shards")
+    _shards_arguments(shards, arguments)
     return parser
 
 
@@ -95,6 +90,19 @@ def _quickstart_arguments(parser: argparse.ArgumentParser, arguments: Sequence[s
         parser.set_defaults(run=pipeline.main)
 
 
+def _shards_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The actions on shards, imported only when they are asked for; easy-VQA is a source of the quick-start's own."""
+    if "shards" not in arguments[:1]:
+        return
+    from scale_digrap.data import shards_cli
+
+    sources = shards_cli.add_arguments(parser)
+    easy = sources.add_parser("easy-vqa", help="the quick-start's training set and suites")
+    easy.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
+    easy.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
+    easy.set_defaults(run=_write_easy_vqa)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from scale_digrap.config import config_to_yaml, load_config, validate_for_training
 
@@ -113,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write_shards(arguments: argparse.Namespace) -> int:
+def _write_easy_vqa(arguments: argparse.Namespace) -> int:
     from scale_digrap.quickstart.data import build
 
     data = build(arguments.to, seed=arguments.seed)

@@ -48,10 +48,9 @@ class ShardFile:
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(data), 0o444
             member.uname = member.gname = "root"
-            self._stream.write(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
-            self._stream.write(data)
-            self._stream.write(bytes(-len(data) % _BLOCK))
-        self._bytes += record_size(fields)
+            for part in (_header(member), data, bytes(-len(data) % _BLOCK)):
+                self._stream.write(part)
+                self._bytes += len(part)
         self.records += 1
 
     def close(self) -> None:
@@ -59,6 +58,13 @@ class ShardFile:
         self._stream.write(bytes(padded_size(self._bytes) - self._bytes))
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+
+def _header(member: tarfile.TarInfo) -> bytes:
+    try:
+        return member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+    except ValueError:  # a name over 100 bytes, from another writer's shard
+        return member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def record_size(fields: Mapping[str, bytes]) -> int:

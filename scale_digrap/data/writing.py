@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -24,6 +23,7 @@ import PIL
 
 from scale_digrap.data.encoding import MISSING, Unreadable, encode_all
 from scale_digrap.data.fetch import sync_folder
+from scale_digrap.data.progress import bar
 from scale_digrap.data.shards import ShardFile, ShardWriteError, check_key, padded_size, record_size, shard_name
 from scale_digrap.data.sources.records import Record, Source
 from scale_digrap.data.written import WriteOptions, Written
@@ -79,7 +79,7 @@ def write_source(
             _empty(staging)
             written = Written(source.description, fingerprint, asdict(options))
         job = _Job(source, order, options, staging, written, missing)
-        with _Bar(progress, "writing", len(order)) as advance:
+        with bar(progress, "writing", len(order)) as advance:
             job.run(workers, advance)
         _finish(source, staging, written, workers, progress)
         try:
@@ -277,27 +277,3 @@ def _lock(lock: TextIO, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ShardWriteError(f"another process is writing {folder}: wait for it, or choose another folder") from None
-
-
-class _Bar:
-    """A progress bar on standard error, or nothing."""
-
-    def __init__(self, shown: bool, what: str, total: int) -> None:
-        self._progress: Any = None
-        if shown:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(file=sys.stderr))
-            self._task = self._progress.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        if self._progress is None:
-            return lambda count: None
-        self._progress.start()
-        return lambda count: self._progress.advance(self._task, count)
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()

@@ -1,0 +1,233 @@
+"""Looking for everything that is wrong with shards, and saying all of it, not only the first thing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from scale_digrap.data.decode import ImageDecoder
+from scale_digrap.data.errors import DataError, SampleError, ShardDamage
+from scale_digrap.data.index import IMAGE_EXTENSIONS, Manifest, ShardEntry, image_number
+from scale_digrap.data.progress import bar
+from scale_digrap.data.sample import parse_class
+from scale_digrap.data.scan import ShardIndex, scan_shard
+from scale_digrap.data.store import MANIFEST_NAME, ShardStore
+from scale_digrap.data.urls import basename, is_local, local_path, show
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record of a shard that is whole, which no loader can use: byte offset of its first member, and why."""
+
+    key: str
+    offset: int
+    problem: str
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard.
+
+    Attributes:
+        shard: path or URL.
+        bytes, records, samples: 0 where they could not be counted.
+        damage: what is wrong with the shard as a whole, or None; at byte `offset`, if it has a place.
+        bad: records that cannot be decoded; looked for only when asked.
+    """
+
+    shard: str
+    bytes: int = 0
+    records: int = 0
+    samples: int = 0
+    damage: str | None = None
+    offset: int | None = None
+    bad: list[BadRecord] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.damage is None and not self.bad
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to look at, with its line in the manifest, if there is one."""
+
+    url: str
+    entry: ShardEntry | None = None
+    listed: bool = True
+    """False where a manifest lies beside it and does not have it."""
+    classes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return show(self.url)
+
+
+def find_shards(urls: Sequence[str | Path], store: ShardStore) -> list[Shard]:
+    """All shards that are meant: of a local folder, its ``*.tar`` and what its manifest lists.
+
+    Raises:
+        DataError: see :meth:`ShardStore.expand`.
+    """
+    names: list[str] = []
+    for url in urls:
+        path = Path(local_path(str(url))) if is_local(str(url)) else None
+        if path is not None and path.is_dir():
+            found = {str(one) for one in path.glob("*.tar")}
+            manifest = store.manifest(str(path / MANIFEST_NAME))
+            found |= {str(path / entry.name) for entry in (manifest.shards if manifest else ())}
+            if not found:
+                raise DataError(f"folder {str(path)!r} holds neither {MANIFEST_NAME} nor a *.tar")
+            names += sorted(found)
+        else:
+            names += store.expand(url)
+    if len(set(names)) < len(names):
+        raise DataError("the same shard was named twice")
+    manifests: dict[str, Manifest | None] = {}
+    shards = []
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if folder not in manifests:
+            manifests[folder] = store.manifest(name)
+        manifest = manifests[folder]
+        lines = {entry.name: entry for entry in manifest.shards} if manifest else {}
+        entry = lines.get(basename(name))
+        classes = len(manifest.classes) if manifest is not None and manifest.classes is not None else None
+        shards.append(Shard(name, entry, listed=manifest is None or entry is not None, classes=classes))
+    return shards
+
+
+def validate_shards(
+    shards: Sequence[Shard],
+    store: ShardStore,
+    *,
+    decode: bool = False,
+    checksums: bool = True,
+    require: Sequence[str] = ("json",),
+    workers: int = 0,
+    progress: bool = False,
+) -> list[ShardReport]:
+    """Look at every shard, also after damage was found in one. Indexes are neither needed nor trusted nor written.
+
+    Args:
+        shards: from `find_shards`.
+        store: fetches what is not local.
+        decode: decode every image too. Damage within an image shows in no header.
+        checksums: compare SHA-256 where a manifest has it.
+        require: see :func:`scale_digrap.data.scan.scan_shard`.
+        workers: processes; 0 works in this one.
+        progress: show a bar on standard error.
+    """
+    jobs = (_Job(shard, store, decode, checksums, tuple(require)) for shard in shards)
+    with bar(progress, "validating", len(shards)) as advance:
+        reports = []
+        for report in in_parallel(_validate, jobs, workers):
+            reports.append(report)
+            advance(1)
+    return reports
+
+
+@dataclass(frozen=True)
+class _Job:
+    shard: Shard
+    store: ShardStore
+    decode: bool
+    checksums: bool
+    require: tuple[str, ...]
+
+
+def in_parallel(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    """Results in order, from this process or from several."""
+    if workers <= 0:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        yield from pool.map(function, jobs)
+
+
+def _validate(job: _Job) -> ShardReport:
+    shard, report = job.shard, ShardReport(job.shard.name)
+    if not shard.listed:
+        report.damage = f"is not in the {MANIFEST_NAME} beside it, so a loader leaves it out; index the folder again"
+        return report
+    try:
+        path = job.store.path(shard.url)
+        report.bytes = path.stat().st_size
+        index = scan_shard(path, require=job.require)
+        report.records, report.samples = len(index.keys), index.samples
+        _compare(path, index, shard, job.checksums)
+        if job.decode:
+            report.bad = undecodable(path, index, shard.classes)
+    except ShardDamage as damage:
+        report.damage, report.offset = damage.problem, damage.offset
+    except DataError as error:
+        report.damage = str(error)
+    except OSError as error:
+        report.damage = f"cannot be read: {error.strerror}"
+    return report
+
+
+def _compare(path: Path, index: ShardIndex, shard: Shard, checksums: bool) -> None:
+    entry = shard.entry
+    if entry is None:
+        return
+    for what, here, there in (("bytes", index.size, entry.bytes), ("samples", index.samples, entry.samples)):
+        if here != there:
+            raise ShardDamage(shard.name, None, f"has {here} {what}, its manifest says {there}")
+    if checksums and entry.sha256:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != entry.sha256:
+            raise ShardDamage(
+                shard.name, None, f"its sha256 is {digest.hexdigest()[:16]}…, its manifest says {entry.sha256[:16]}…"
+            )
+
+
+def undecodable(path: Path, index: ShardIndex, classes: int | None = None) -> list[BadRecord]:
+    """The records of a whole shard whose images cannot be decoded, or whose class has no name."""
+    decoder = ImageDecoder()
+    columns = [
+        (column, name)
+        for column, name in enumerate(index.fields)
+        if name == "cls" or name in IMAGE_EXTENSIONS or image_number(name) is not None
+    ]
+    bad = []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for record, spans in enumerate(index.spans.tolist()):
+            for column, name in columns:
+                offset, size = spans[column]
+                if size < 0:
+                    continue
+                try:
+                    check_field(name, os.pread(descriptor, size, offset), decoder, classes)
+                except SampleError as error:
+                    start = min(offset for offset, size in spans if size >= 0) - 512
+                    bad.append(BadRecord(index.keys[record], start, f".{name}: {error}"))
+                    break
+    finally:
+        os.close(descriptor)
+    return bad
+
+
+def check_field(name: str, data: bytes, decoder: ImageDecoder, classes: int | None) -> None:
+    """Decode an image or a class number.
+
+    Raises:
+        SampleError: it cannot be.
+    """
+    if name != "cls":
+        decoder(data)
+    elif classes is not None and parse_class(data) >= classes:
+        raise SampleError(f"class {parse_class(data)}, but the manifest names {classes} classes")
