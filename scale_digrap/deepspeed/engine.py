@@ -99,7 +99,7 @@ def attach(engine: Any) -> None:
     names = model_names if unnamed else [given[id(param)] for param in table.params]
     prove(table, names)
     group_of = [table.flat_groups[k] for k in table.holders]
-    optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, model_names, by_rows, engine.optimizer))
+    optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, by_rows, engine.optimizer, model_names))
     _guard_step(engine.optimizer, optimizer, _watch_gradients(engine.optimizer, table.params))
 
 

@@ -185,15 +185,22 @@ class ZeroLayout(ShardLayout):
     Args:
         table: proven.
         names: one name per layer.
-        model_names: the layers' names in the engine's module, by which DeepSpeed's own checkpoints know them.
         by_rows: for each layer, whether its row sums are wanted.
         zero: DeepSpeed's optimizer wrapper, asked for gradients that the flat tensors do not have yet.
+        model_names: the layers' names in the engine's module, by which DeepSpeed's own checkpoints know them, where
+            they are others.
     """
 
     def __init__(
-        self, table: ZeroTable, names: Sequence[str], model_names: Sequence[str], by_rows: Sequence[bool], zero: Any
+        self,
+        table: ZeroTable,
+        names: Sequence[str],
+        by_rows: Sequence[bool],
+        zero: Any,
+        model_names: Sequence[str] | None = None,
     ) -> None:
-        self.table, self.model_names, self._zero = table, list(model_names), zero
+        self.table, self._zero = table, zero
+        self.model_names = list(names if model_names is None else model_names)
         layers, placements = [], []
         for param, segment, name, rows in zip(table.params, table.segments, names, by_rows, strict=True):
             shape = full_shape(param)
