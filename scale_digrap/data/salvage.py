@@ -125,7 +125,7 @@ def _items(file: BinaryIO) -> Iterator[tarfile.TarInfo | Stretch]:
                     yield member
                 end = min(member.offset_data + -(-content // _BLOCK) * _BLOCK, size)
             tail = data[end : end + _LONGEST_TAIL + 1]
-            if not tail.strip(b"\0") and 2 * _BLOCK <= len(tail) <= _LONGEST_TAIL and size % _BLOCK == 0:
+            if not tail.strip(b"\0") and 2 * _BLOCK <= len(tail) <= _LONGEST_TAIL and (size - end) % _BLOCK == 0:
                 return
             following = _next_header(data, end + 1)
             yield Stretch(end, (size if following is None else following) - end)
