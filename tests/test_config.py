@@ -13,6 +13,7 @@ from scale_digrap.config import (
     load_config,
     validate_for_training,
 )
+from scale_digrap.zero_config import deepspeed_json
 
 
 def write(tmp_path, text):
@@ -51,7 +52,8 @@ def test_suites_are_typed(tmp_path):
         ("training.batch_size=many", ["training.batch_size", "many"]),
         ("training=3", ["training is a section", "batch_size"]),
         ("optimizer.name=adam", ["optimizer.name", "digrap, adamw", "did you mean 'adamw'"]),
-        ("sharding.engine=zero", ["sharding.engine", "fsdp", "zero"]),
+        ("sharding.engine=zero", ["sharding.engine", "fsdp, deepspeed", "zero"]),
+        ("sharding.zero.stage=3", ["sharding.zero.stage", "sharding.engine=fsdp", "sharding.engine=deepspeed"]),
         ("optimizer.lr=-1", ["optimizer.lr", "greater than 0", "-1"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas", "two numbers"]),
@@ -82,6 +84,58 @@ def test_keys_that_must_agree():
         load_config(None, ["lora.enabled=true", "model.freeze=[vision_tower]"])
     with pytest.raises(ConfigError, match="random initialisation"):
         load_config(None, ["lora.enabled=true", "optimizer.anchor=initial"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stage=4"], ["sharding.zero.stage", "0, 1, 2 or 3", "4"]),
+        (["stage=2", "sub_group_size=100"], ["sharding.zero.sub_group_size", "stage 2", "stage=3"]),
+        (["stage=3", "round_robin_gradients=true"], ["round_robin_gradients", "stage 3", "stage=1 or 2"]),
+        (["stage=0", "offload_optimizer=cpu"], ["offload_optimizer", "stage 0", "stage=1 or 2 or 3"]),
+        (["stage=3", "offload_param=nvme"], ["sharding.zero.offload_param", "none or cpu", "nvme"]),
+        (["stage=3", "hpz_partition_size=0"], ["hpz_partition_size", "at least 1"]),
+        (["stage=3", "param_persistence_threshold=-1"], ["param_persistence_threshold", "at least 0"]),
+        (["extra.bf16={enabled: true}"], ["sharding.zero.extra.bf16", "training.precision"]),
+        (["extra.gradient_clipping=1"], ["extra.gradient_clipping", "training.clip_norm"]),
+        (["extra.zero_optimization.stage=1"], ["extra.zero_optimization.stage", "set sharding.zero.stage"]),
+        (
+            ["stage=3", "extra.zero_optimization.stage3_prefetch_bucket_size=1"],
+            ["stage3_prefetch_bucket_size", "set sharding.zero.prefetch_bucket_size"],
+        ),
+        (["../dp_replicate_size=2"], ["sharding.dp_replicate_size=2", "hpz_partition_size"]),
+        (["../wrap=[a]"], ["sharding.wrap", "FSDP"]),
+        (["../reshard_after_forward=false"], ["reshard_after_forward", "stage=2"]),
+    ],
+)
+def test_contradictions_under_deepspeed(overrides, words):
+    prefixed = [f"sharding.{text[3:]}" if text.startswith("../") else f"sharding.zero.{text}" for text in overrides]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["sharding.engine=deepspeed", *prefixed])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_deepspeeds_json():
+    overrides = ["sharding.engine=deepspeed", "training.clip_norm=0.5", "training.gradient_accumulation=4"]
+    stage2 = deepspeed_json(load_config(None, [*overrides, "sharding.zero.offload_optimizer=cpu"]), bf16=True)
+    assert stage2["zero_optimization"] == {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "reduce_bucket_size": 500_000_000,
+        "allgather_bucket_size": 500_000_000,
+        "round_robin_gradients": False,
+    }
+    assert stage2["bf16"] == {"enabled": True}
+    assert (stage2["gradient_clipping"], stage2["gradient_accumulation_steps"]) == (0.5, 4)
+    zero = ["stage=3", "hpz_partition_size=2", "extra={zero_optimization: {max_x: 1}, data_types: {a: b}}"]
+    stage3 = deepspeed_json(load_config(None, [*overrides, *(f"sharding.zero.{item}" for item in zero)]), bf16=False)
+    assert stage3["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert stage3["zero_optimization"]["stage3_param_persistence_threshold"] == 100_000
+    assert stage3["zero_optimization"]["max_x"] == 1
+    assert "allgather_bucket_size" not in stage3["zero_optimization"]
+    assert stage3["data_types"] == {"a": "b"}
 
 
 def test_unreadable_files(tmp_path):
