@@ -1,0 +1,71 @@
+"""DiGraP in other libraries' training loops: the Hugging Face ``Trainer`` under DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from scale_digrap.deepspeed import DeepSpeedError, attach, client_optimizer
+from scale_digrap.optim.anchored import AnchoredOptimizer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class AttachCallback(TrainerCallback):
+    """Calls :func:`scale_digrap.deepspeed.attach` when ``Trainer`` has built its DeepSpeed engine.
+
+    Also keeps ``optimizers=(DiGraP(...), None)`` in use: under DeepSpeed, ``Trainer`` forgets the optimizer that it was
+    given and makes an AdamW of its own. Without DeepSpeed it does nothing. Resuming (``resume_from_checkpoint``) works:
+    the optimizer takes over at the attachment what the engine has loaded before.
+
+    Args:
+        trainer: made with ``optimizers=(DiGraP(...), None)`` or ``optimizer_cls_and_kwargs=(DiGraP, {...})``.
+
+    Raises:
+        DeepSpeedError: when training begins, the engine has another optimizer; or the one optimizer of ``optimizers=``
+            is to serve a second engine. See also :func:`scale_digrap.deepspeed.attach`.
+
+    Example::
+
+        trainer = Trainer(model, args, train_dataset=data, optimizers=(DiGraP(model.named_parameters(), lr=1e-5), None))
+        trainer.add_callback(AttachCallback(trainer))
+        trainer.train()
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        if trainer.is_deepspeed_enabled and isinstance(trainer.optimizer, AnchoredOptimizer):
+            _keep_optimizer(trainer, trainer.optimizer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._trainer.is_deepspeed_enabled:
+            return
+        engine: Any = self._trainer.model_wrapped
+        optimizer = client_optimizer(engine)
+        if not isinstance(optimizer, AnchoredOptimizer):
+            raise DeepSpeedError(
+                f"the engine steps {type(optimizer).__name__}, not DiGraP: make the Trainer with "
+                "optimizers=(DiGraP(...), None) or optimizer_cls_and_kwargs=(DiGraP, {...}), and remove the "
+                "'optimizer' section of the DeepSpeed configuration"
+            )
+        if not getattr(engine.optimizer.step, "attached", False):
+            attach(engine)
+
+
+def _keep_optimizer(trainer: Any, given: AnchoredOptimizer) -> None:
+    """Make ``create_optimizer`` return the given optimizer where ``Trainer`` has forgotten it, once: for one engine."""
+    original, waiting = trainer.create_optimizer, [given]
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        if trainer.optimizer is None:
+            if not waiting:
+                raise DeepSpeedError(
+                    "Trainer builds a second DeepSpeed engine, but the optimizer of optimizers=(...) belongs to the "
+                    "first: make a new Trainer, or pass optimizer_cls_and_kwargs=(DiGraP, {...}) with an anchor mapping"
+                )
+            trainer.optimizer = waiting.pop()
+        return original(*args, **kwargs)
+
+    trainer.create_optimizer = create_optimizer
