@@ -116,7 +116,8 @@ class TrainLoader:
         """Samples in an epoch."""
         per_node = dp_world_size // nodes
         # Hosts take turns in the stream as lanes do, so that a host's positions lie in its own lanes.
-        self._slot = (dp_rank % per_node) * nodes + dp_rank // per_node
+        slot = (dp_rank % per_node) * nodes + dp_rank // per_node
+        self._share = _Share(self.datasets, self.plan, slot, batch_size, dp_world_size)
         self._feeder = Feeder(
             _Training(self.datasets, self.plan, seed, collate, self.faults), workers=workers, timeout_s=timeout_s
         )
@@ -124,7 +125,6 @@ class TrainLoader:
         self._new_bad = 0
         self._latest: BadSample | None = None
         self._run = 0
-        self._ahead: dict[int, tuple[list[str], list[str]]] = {}
 
     @property
     def global_batch_size(self) -> int:
@@ -250,11 +250,15 @@ class TrainLoader:
     def _batches(self, count: int | None) -> Iterator[Any]:
         self._run += 1
         run = self._run
-        for fetched in self._feeder.run(self._places(self.consumed, count)):
+        for fetched in self._feeder.run(self._share.places(self.consumed, count)):
             if run != self._run:
                 raise DataError("another iteration over this loader has begun: this one cannot go on")
             self.consumed += self.global_batch_size
-            self._receive(fetched)
+            try:
+                self._receive(fetched)
+            except Exception:
+                self._feeder.close()  # now: the traceback may keep this loader, and its processes, for long
+                raise
             yield fetched.batch
 
     def _receive(self, fetched: Fetched) -> None:
@@ -267,35 +271,6 @@ class TrainLoader:
         if self.dp_world_size == 1:
             self.count_bad(self.take_bad())
 
-    def _places(self, start: int, count: int | None) -> Iterator[list[_Place]]:
-        """This rank's places, batch by batch."""
-        remote = any(data.remote for data in self.datasets)
-        number = 0
-        while count is None or number < count:
-            first = start + number * self.global_batch_size + self._slot
-            if remote:
-                self._look_ahead(first)
-            positions = range(first, first + self.global_batch_size, self.dp_world_size)
-            yield [_Place(position, *self.plan.at(position)) for position in positions]
-            number += 1
-
-    def _look_ahead(self, position: int) -> None:
-        """Tell the stores which shards this rank reads now and next."""
-        lanes = sorted({(position + turn * self.dp_world_size) % self.lanes for turn in range(self.lanes)})
-        stores: dict[int, tuple[Any, list[str], list[str], list[Any]]] = {}
-        drawn = self.plan.drawn(position)
-        for data, plan, own in zip(self.datasets, self.plan.plans, drawn, strict=True):
-            now, then = plan.ahead(own, lanes)
-            store, pinned, wanted, lines = stores.setdefault(id(data.store), (data.store, [], [], []))
-            pinned += [data.urls[shard] for shard in now]
-            wanted += [data.urls[shard] for shard in now + then]
-            lines += [data.line(shard) for shard in now + then]
-        for number, (store, pinned, wanted, lines) in stores.items():
-            if self._ahead.get(number) != (pinned, wanted):
-                self._ahead[number] = (pinned, wanted)
-                store.pin(pinned)
-                store.prefetch(wanted, lines)
-
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -305,6 +280,47 @@ class _Place:
     source: int
     shard: int
     number: int
+
+
+class _Share:
+    """Which positions of the stream are this rank's. Knows nothing of the loader, whose processes end with it."""
+
+    def __init__(
+        self, datasets: list[ShardDataset], plan: Stream, slot: int, batch_size: int, dp_world_size: int
+    ) -> None:
+        self._datasets, self._plan = datasets, plan
+        self._slot, self._batch_size, self._world = slot, batch_size, dp_world_size
+        self._ahead: dict[int, tuple[list[str], list[str]]] = {}
+
+    def places(self, start: int, count: int | None) -> Iterator[list[_Place]]:
+        """Batch by batch, from a position on."""
+        remote = any(data.remote for data in self._datasets)
+        step = self._batch_size * self._world
+        number = 0
+        while count is None or number < count:
+            first = start + number * step + self._slot
+            if remote:
+                self._look_ahead(first)
+            yield [_Place(position, *self._plan.at(position)) for position in range(first, first + step, self._world)]
+            number += 1
+
+    def _look_ahead(self, position: int) -> None:
+        """Tell the stores which shards this rank reads now and next."""
+        lanes = self._plan.lanes
+        own_lanes = sorted({(position + turn * self._world) % lanes for turn in range(lanes)})
+        stores: dict[int, tuple[Any, list[str], list[str], list[Any]]] = {}
+        drawn = self._plan.drawn(position)
+        for data, plan, own in zip(self._datasets, self._plan.plans, drawn, strict=True):
+            now, then = plan.ahead(own, own_lanes)
+            _, pinned, wanted, lines = stores.setdefault(id(data.store), (data.store, [], [], []))
+            pinned += [data.urls[shard] for shard in now]
+            wanted += [data.urls[shard] for shard in now + then]
+            lines += [data.line(shard) for shard in now + then]
+        for number, (store, pinned, wanted, lines) in stores.items():
+            if self._ahead.get(number) != (pinned, wanted):
+                self._ahead[number] = (pinned, wanted)
+                store.pin(pinned)
+                store.prefetch(wanted, lines)
 
 
 class _Training:

@@ -6,6 +6,7 @@ a process that dies or stalls is an error of the main process within the timeout
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import re
@@ -64,6 +65,7 @@ class Feeder(Generic[Item]):
             raise DataError(f"workers and timeout_s must be at least 0, got {workers} and {timeout_s}")
         self._source, self._workers, self._timeout = source, workers, timeout_s
         self._sampler = _Lists()
+        self._process = os.getpid()
         self._loader: torch.utils.data.DataLoader[Any] | None = None
 
     def run(self, lists: Iterator[list[Item]]) -> Iterator[Fetched]:
@@ -78,7 +80,16 @@ class Feeder(Generic[Item]):
 
     def close(self) -> None:
         """End the loader processes; the next run starts new ones."""
-        self._loader = None
+        loader, self._loader = self._loader, None
+        self._sampler.lists = ()
+        # torch ends them when the last reference goes, which a traceback may hold for long.
+        end = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
+        if end is not None:
+            end()
+
+    def __del__(self) -> None:
+        if getattr(self, "_loader", None) is not None and self._process == os.getpid():
+            self.close()
 
     def _there(self, lists: Iterator[list[Item]]) -> Iterator[Fetched]:
         if self._loader is None:
