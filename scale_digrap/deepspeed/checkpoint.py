@@ -39,7 +39,7 @@ def load_portable(engine: Any, folder: str | Path) -> None:
         _refresh_model(engine.optimizer)
 
 
-def to_universal(source: str | Path, target: str | Path) -> None:
+def to_universal(source: str | Path, target: str | Path, *, workers: int = 4) -> None:
     """Convert a checkpoint of ``engine.save_checkpoint`` to a Universal Checkpoint, with the anchors in it.
 
     DeepSpeed's converter keeps the weights, the moments and what is in the parameter groups, where the per-layer
@@ -49,6 +49,7 @@ def to_universal(source: str | Path, target: str | Path) -> None:
         source: the folder of one tag, ``DIR/TAG``.
         target: the folder to write, best ``DIR/TAG_universal``: load it by that tag with
             ``"checkpoint": {"load_universal": true}`` in the DeepSpeed configuration and :func:`load_checkpoint`.
+        workers: processes of the converter.
 
     Raises:
         DeepSpeedError: not such a checkpoint; one of ``round_robin_gradients``, whose fragments DeepSpeed mis-names;
@@ -61,6 +62,7 @@ def to_universal(source: str | Path, target: str | Path) -> None:
     anchors = _collect_anchors(files)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
+    command += ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])

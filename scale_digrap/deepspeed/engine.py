@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scale_digrap.deepspeed.support import DeepSpeedError, check_config, check_engine, read_config
+from scale_digrap.deepspeed.watch import GradientWatch
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.sharding.zero import ZeroLayout, prove, read_table
 from scale_digrap.sharding.zero3 import full_shape
@@ -100,7 +100,8 @@ def attach(engine: Any) -> None:
     prove(table, names)
     group_of = [table.flat_groups[k] for k in table.holders]
     optimizer.attach(names, group_of, lambda by_rows: ZeroLayout(table, names, by_rows, engine.optimizer, model_names))
-    _guard_step(engine.optimizer, optimizer, _watch_gradients(engine.optimizer, table.params))
+    stage3 = engine.zero_optimization_stage() == 3
+    _guard_step(engine.optimizer, optimizer, GradientWatch(engine.optimizer, table.params) if stage3 else None)
 
 
 def client_optimizer(engine: Any) -> Any:
@@ -145,51 +146,7 @@ def full_tensors(engine: Any, key: str) -> Iterator[tuple[str, Tensor]]:
 # -- one training step -------------------------------------------------------------------------------------------------
 
 
-class _Watch:
-    """Which parameters have had a gradient since the last step.
-
-    ZeRO-3 keeps the gradient of the last step that had one: a parameter that is unused in this step would be stepped
-    with it again, and would count in the norm that everything is clipped by. It is set to zero here, before the norm,
-    or before a late micro-batch adds to it.
-    """
-
-    def __init__(self, zero: Any, params: Any) -> None:
-        self._zero, self._params = zero, list(params)
-        self.touched: set[int] = set()
-        for index, param in enumerate(self._params):
-            param.register_hook(self._hook(index))
-
-    def _hook(self, index: int) -> Any:
-        own = weakref.ref(self)
-
-        def mark(_: Tensor) -> None:
-            watch = own()
-            if watch is not None and index not in watch.touched:
-                watch.touched.add(index)
-                if watch._zero.micro_step_id > 0:
-                    watch._clear(index)
-
-        return mark
-
-    def _clear(self, index: int) -> None:
-        from deepspeed.utils import safe_set_local_grad
-
-        param = self._params[index]
-        safe_set_local_grad(param, torch.zeros_like(param.ds_tensor))
-
-    def take(self) -> set[int]:
-        """The touched layers; begins anew."""
-        touched, self.touched = self.touched, set()
-        for index in set(range(len(self._params))) - touched:
-            self._clear(index)
-        return touched
-
-
-def _watch_gradients(zero: Any, params: Any) -> _Watch | None:
-    return _Watch(zero, params) if type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3" else None
-
-
-def _guard_step(zero: Any, optimizer: AnchoredOptimizer, watch: _Watch | None) -> None:
+def _guard_step(zero: Any, optimizer: AnchoredOptimizer, watch: GradientWatch | None) -> None:
     """Tell the layout when a training step begins and ends: the optimizer itself is called once per partition."""
     original = zero.step
 

@@ -35,7 +35,13 @@ def start_deepspeed() -> Any:
 
 
 def ds_config(
-    stage: int, *, bf16: bool = False, clip: float = 0.0, accumulate: int = 1, grad_dtype: str | None = None, **zero: Any
+    stage: int,
+    *,
+    bf16: bool = False,
+    clip: float = 0.0,
+    accumulate: int = 1,
+    grad_dtype: str | None = None,
+    **zero: Any,
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
