@@ -1,7 +1,8 @@
 """A bounded folder of whole shards that the processes of one node share.
 
-Each shard has, besides its file, two lock files that outlive it: ``.lock`` is held by the one process that downloads or
-removes it, ``.pin`` is shared by those that use it. The kernel drops both when a process dies, however it dies.
+Each shard has, besides its file, three lock files that outlive it: ``.lock`` is held by the one process that downloads
+or removes it, ``.pin`` is shared by those that use it, ``.ahead`` by those that will. The kernel drops all three when a
+process dies, however it dies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class ShardCache:
                 pass
         except OSError as error:
             raise CacheError(f"the shard cache {folder} cannot be used: {error}") from None
-        self._pins: dict[str, int] = {}
+        self._pins: dict[Path, int] = {}
         self._mutex = threading.Lock()
 
     def after_fork(self) -> None:
@@ -121,53 +122,62 @@ class ShardCache:
     # Locks
 
     @contextlib.contextmanager
-    def exclusive(self, name: str, give_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Hold ``NAME.lock`` alone; waits, and yields False when `give_up` says so first."""
+    def exclusive(self, name: str) -> Iterator[None]:
+        """Hold ``NAME.lock`` alone; waits for it."""
         with self._opened(self._lock_file(name)) as descriptor:
             pause = _POLL_S
             while not _try_lock(descriptor, fcntl.LOCK_EX):
-                if give_up():
-                    yield False
-                    return
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
-            yield True
+            yield
 
-    def pin(self, name: str) -> None:
-        """Keep a shard (there already or not) from being removed by any process."""
+    def pin(self, name: str, *, ahead: bool = False) -> None:
+        """Keep a shard (there already or not) from being removed by any process.
+
+        Args:
+            name: its cache name.
+            ahead: it will be needed later: kept from those who also fetch ahead, given up to those who need room now.
+        """
         with self._mutex:
-            if name in self._pins or self.max_bytes is None:
+            path = self._pin_file(name, ahead)
+            if path in self._pins or self.max_bytes is None:
                 return
-            descriptor = os.open(self._pin_file(name), os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             # Waits at most for a removal that is under way.
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            self._pins[name] = descriptor
+            self._pins[path] = descriptor
 
-    def unpin(self, names: Iterable[str]) -> None:
+    def unpin(self, names: Iterable[str], *, ahead: bool = False) -> None:
         """Let shards go that this process had pinned."""
         with self._mutex:
             for name in names:
-                descriptor = self._pins.pop(name, None)
-                if descriptor is not None:
-                    # A forked child holds a copy of the descriptor: closing ours alone would not unlock.
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                    os.close(descriptor)
+                self._unpin(self._pin_file(name, ahead))
 
-    def pinned(self) -> set[str]:
-        """The names that this process has pinned."""
+    def unpin_all(self) -> None:
+        """Let go of everything that this process had pinned."""
         with self._mutex:
-            return set(self._pins)
+            for path in list(self._pins):
+                self._unpin(path)
+
+    def _unpin(self, path: Path) -> None:
+        descriptor = self._pins.pop(path, None)
+        if descriptor is not None:
+            # A forked child holds a copy of the descriptor: closing ours alone would not unlock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
     # Room
 
-    def make_room(
-        self, name: str, size: int, *, wait: bool = True, give_way: Callable[[], bool] = lambda: False
-    ) -> bool:
+    def make_room(self, name: str, size: int, *, ahead: bool = False) -> bool:
         """Remove shards until `size` bytes for `name` fit; the caller holds ``NAME.lock``.
 
         Args:
-            wait: when all the rest is pinned, wait up to `timeout_s` for room; else return False at once.
-            give_way: called when nothing can be removed; unpins something of this process and returns True, or False.
+            name, size: the shard to come.
+            ahead: it is not needed yet: nothing that others fetched ahead is removed for it, and nobody waits.
+                Otherwise waits up to `timeout_s` while all the rest is pinned.
+
+        Returns:
+            Whether there is room. False only if `ahead`.
 
         Raises:
             CacheError: the shard is larger than the cache, or the pinned shards leave no room for it.
@@ -182,21 +192,12 @@ class ShardCache:
         deadline = time.monotonic() + self.timeout_s
         while True:
             with self.exclusive("evict"):
-                others = self._usage()
-                others.pop(name, None)
-                total = sum(held for _, held in others.values())
-                for other, (_, held) in sorted(others.items(), key=lambda item: item[1][0]):
-                    if total + size <= self.max_bytes:
-                        break
-                    if self._remove_if_free(other):
-                        total -= held
+                total = self._shrink(name, self.max_bytes - size, ahead)
                 if total + size <= self.max_bytes:
                     # Counts from here on, though nothing is written yet.
                     self._claim_file(name).write_text(str(size))
                     return True
-            if give_way():
-                continue
-            if not wait:
+            if ahead:
                 return False
             if time.monotonic() > deadline:
                 raise CacheError(
@@ -205,6 +206,21 @@ class ShardCache:
                     "window, or write smaller shards"
                 )
             time.sleep(_POLL_S)
+
+    def _shrink(self, name: str, bound: int, ahead: bool) -> int:
+        """Remove what is not `name` until `bound` bytes are left, or nothing more may go; returns the bytes left."""
+        others = self._usage()
+        others.pop(name, None)
+        total = sum(held for _, held in others.values())
+        by_age = sorted(others, key=lambda other: others[other][0])
+        # The least recently used first. Then what waits for its use: the youngest is the one furthest from it.
+        for candidates, spare_ahead in ((by_age, True), ([] if ahead else by_age[::-1], False)):
+            for other in candidates:
+                if total <= bound:
+                    return total
+                if other in others and self._remove_if_free(other, spare_ahead):
+                    total -= others.pop(other)[1]
+        return total
 
     def release_claim(self, name: str) -> None:
         """The room claimed for `name` is now its file, or is not needed after all."""
@@ -233,9 +249,10 @@ class ShardCache:
         with self._opened(self._lock_file(name)) as descriptor:
             return not _try_lock(descriptor, fcntl.LOCK_EX)
 
-    def _remove_if_free(self, name: str) -> bool:
-        with self._opened(self._lock_file(name)) as lock, self._opened(self._pin_file(name)) as pin:
-            if not (_try_lock(lock, fcntl.LOCK_EX) and _try_lock(pin, fcntl.LOCK_EX)):
+    def _remove_if_free(self, name: str, spare_ahead: bool) -> bool:
+        paths = [self._lock_file(name), self._pin_file(name), *([self._pin_file(name, True)] if spare_ahead else [])]
+        with contextlib.ExitStack() as stack:
+            if not all(_try_lock(stack.enter_context(self._opened(path)), fcntl.LOCK_EX) for path in paths):
                 return False
             self.remove(name)
             self.release_claim(name)
@@ -263,11 +280,23 @@ class ShardCache:
     def _lock_file(self, name: str) -> Path:
         return self.folder / f"{name}.lock"
 
-    def _pin_file(self, name: str) -> Path:
-        return self.folder / f"{name}.pin"
+    def _pin_file(self, name: str, ahead: bool = False) -> Path:
+        return self.folder / f"{name}.{'ahead' if ahead else 'pin'}"
 
 
-_KINDS = (".part.json.tmp", ".part.json", ".part", ".note", ".claim", ".error", ".idx", ".lock", ".pin", ".tmp")
+_KINDS = (
+    ".part.json.tmp",
+    ".part.json",
+    ".part",
+    ".note",
+    ".claim",
+    ".error",
+    ".idx",
+    ".lock",
+    ".pin",
+    ".ahead",
+    ".tmp",
+)
 
 
 def _split(file_name: str) -> tuple[str, str]:

@@ -76,7 +76,7 @@ class ShardStore:
         self._mutex = threading.Lock()
         self._wake = threading.Condition(self._mutex)
         self._window: set[str] = set()  # names that pin() asked for
-        self._ahead: dict[str, None] = {}  # names that prefetch has pinned, in its order
+        self._ahead: set[str] = set()  # names that prefetch has pinned
         self._latest: dict[int, str] = {}  # thread → the name that path() gave it last
         self._queue: deque[tuple[str, ShardEntry | None]] = deque()
         self._thread: threading.Thread | None = None
@@ -238,7 +238,8 @@ class ShardStore:
     def prefetch(self, urls: Sequence[str], entries: Sequence[ShardEntry | None] | None = None) -> None:
         """Fetch shards in the background, in this order, as far as the cache has room; replaces an earlier call's list.
 
-        What has arrived stays pinned until the next call. Failures are logged; `path` tries again and raises.
+        What has arrived stays until the next call, unless another shard that is needed now has no room otherwise.
+        Failures are logged; `path` tries again and raises.
 
         Args:
             urls: what will be needed next, the present window first.
@@ -253,15 +254,13 @@ class ShardStore:
             if self._closed:
                 return
             keep = {cache_name(url) for url, _ in jobs}
-            outdated = [name for name in self._ahead if name not in keep]
-            for name in outdated:
-                del self._ahead[name]
+            outdated, self._ahead = self._ahead - keep, self._ahead & keep
+            self.cache.unpin(outdated, ahead=True)
             self._queue = deque(jobs)
             if jobs and (self._thread is None or not self._thread.is_alive()):
                 self._thread = threading.Thread(target=self._work, daemon=True, name="shard-prefetch")
                 self._thread.start()
             self._wake.notify_all()
-        self._release(outdated)
 
     def pin(self, urls: Sequence[str]) -> None:
         """Make these the active window: they stay in the cache; those of the window before may go.
@@ -286,9 +285,9 @@ class ShardStore:
         with self._mutex:
             self._closed = True
             self._queue.clear()
-            self._window, self._ahead, self._latest = set(), {}, {}
+            self._window, self._ahead, self._latest = set(), set(), {}
             self._wake.notify_all()
-        self.cache.unpin(self.cache.pinned())
+        self.cache.unpin_all()
 
     def _own(self) -> None:
         if self._process != os.getpid():
@@ -301,10 +300,10 @@ class ShardStore:
         """Unpin those of `names` that nothing in this process needs any more."""
         assert self.cache is not None
         with self._mutex:
-            needed = self._window | set(self._ahead) | set(self._latest.values())
+            needed = self._window | set(self._latest.values())
             self.cache.unpin(name for name in names if name not in needed)
 
-    def _fetched(self, url: str, name: str, entry: ShardEntry | None, wait: bool = True) -> Path:
+    def _fetched(self, url: str, name: str, entry: ShardEntry | None, ahead: bool = False) -> Path:
         """The shard in the cache, fetched by whoever is first."""
         cache = self.cache
         assert cache is not None
@@ -329,7 +328,7 @@ class ShardStore:
 
                 def reserve(size: int) -> None:
                     nonlocal reserved
-                    if not cache.make_room(name, size, wait=wait, give_way=self._give_way):
+                    if not cache.make_room(name, size, ahead=ahead):
                         raise _NoRoomYetError(name)
                     reserved = True
 
@@ -347,22 +346,11 @@ class ShardStore:
             except FetchError as error:
                 cache.fail(name, str(error))
                 raise
+            except OSError as error:
+                raise CacheError(f"cannot keep {show(url)} in the cache {cache.folder}: {error.strerror}") from None
             finally:
                 cache.release_claim(name)
         return path
-
-    def _give_way(self) -> bool:
-        """Unpin what was fetched furthest ahead of need; False if there is nothing."""
-        if threading.current_thread() is self._thread:
-            return False
-        with self._mutex:
-            while self._ahead:
-                name, _ = self._ahead.popitem()
-                if name not in self._window and name not in self._latest.values():
-                    assert self.cache is not None
-                    self.cache.unpin([name])
-                    return True
-        return False
 
     def _work(self) -> None:
         """The prefetch thread: ends when there is nothing left to do."""
@@ -375,21 +363,17 @@ class ShardStore:
                     return
                 url, entry = self._queue.popleft()
                 name = cache_name(url)
-                self._ahead[name] = None
-            cache.pin(name)
+                self._ahead.add(name)
+                cache.pin(name, ahead=True)
             try:
-                self._fetched(url, name, entry, wait=False)
+                self._fetched(url, name, entry, ahead=True)
             except _NoRoomYetError:
                 with self._mutex:
-                    self._ahead.pop(name, None)
-                    self._queue.appendleft((url, entry))
-                    self._wake.wait(timeout=_ROOM_POLL_S)
-                self._release([name])
+                    if name in self._ahead:  # nobody has called prefetch anew meanwhile
+                        self._queue.appendleft((url, entry))
+                        self._wake.wait(timeout=_ROOM_POLL_S)
             except Exception as error:  # told when the shard is needed
                 log.warning("fetching ahead: %s", error)
-                with self._mutex:
-                    self._ahead.pop(name, None)
-                self._release([name])
 
 
 class _NoRoomYetError(CacheError):

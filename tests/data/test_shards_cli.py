@@ -1,4 +1,4 @@
-"""The command line of the data tools: what it writes, prints and returns, in processes of its own where that matters."""
+"""The command line of the data tools: what it writes, prints and returns, in its own process where that matters."""
 
 from __future__ import annotations
 

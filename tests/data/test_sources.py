@@ -86,7 +86,7 @@ def test_vqa_cp_names_the_subset_in_every_entry_and_images_may_lie_flat(tmp_path
     [
         (lambda q, a: a.pop(), "question_id 9000 has no annotation"),
         (lambda q, a: q.pop(), "1 annotations belong to no question, such as question_id 25002"),
-        (lambda q, a: q.append(q[0]), "'9000'"),
+        (lambda q, a: q.append(q[0]), "9000 is asked twice"),
         (lambda q, a: a.append(a[0]), "25002 is annotated twice"),
         (lambda q, a: a[0].update(image_id=7), "about image 25, its annotation about image 7"),
         (lambda q, a: a[0].update(answers=[]), "25002: needs a list of one or more answers"),

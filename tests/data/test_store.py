@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -44,6 +45,13 @@ def store(folder, **options) -> ShardStore:
 def shards_in(folder) -> set[str]:
     """The complete shards of a cache."""
     return {path.name.split("-", 1)[1] for path in folder.iterdir() if path.suffix == ".tar"}
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # Over the web
@@ -319,15 +327,32 @@ def test_prefetching_keeps_to_the_bound_and_gives_way_to_what_is_needed(tmp_path
         shards = store(tmp_path, max_bytes=350_000)
         urls = [site.url(f"/{i}.tar") for i in range(6)]
         shards.prefetch(urls[:5])
-        deadline = time.monotonic() + 20
-        while len(shards_in(tmp_path)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: len(shards_in(tmp_path)) == 3)
         time.sleep(0.3)
         assert shards_in(tmp_path) == {"0.tar", "1.tar", "2.tar"}  # the first ones, and none given up for the later
         shards.path(urls[5])
         assert shards_in(tmp_path) == {"0.tar", "1.tar", "5.tar"}  # what was furthest ahead has made room
         shards.close()
-        assert not shards.cache.pinned()
+        assert not shards.cache._pins
+
+
+def test_what_one_process_fetched_ahead_makes_room_for_what_another_needs_now(tmp_path):
+    data = {f"/{i}.tar": content(i, 100_000) for i in range(6)}
+    with serve(Site(data)) as site:
+        urls = [site.url(f"/{i}.tar") for i in range(6)]
+        one, two = store(tmp_path, max_bytes=350_000), store(tmp_path, max_bytes=350_000)
+        one.prefetch(urls[:3])
+        wait_for(lambda: len(shards_in(tmp_path)) == 3)
+        two.prefetch(urls[3:5])
+        time.sleep(0.3)
+        assert shards_in(tmp_path) == {"0.tar", "1.tar", "2.tar"}  # as little needed now as those
+        two.path(urls[5])
+        assert shards_in(tmp_path) == {"0.tar", "1.tar", "5.tar"}
+        one.pin(urls[:2])
+        with pytest.raises(CacheError, match="300000 of its 350000 bytes are pinned"):
+            store(tmp_path, max_bytes=350_000).path(urls[4])
+        one.close()
+        two.close()
 
 
 def test_prefetch_makes_a_later_path_immediate_and_hides_no_error(tmp_path, caplog):
@@ -335,9 +360,7 @@ def test_prefetch_makes_a_later_path_immediate_and_hides_no_error(tmp_path, capl
         site.files["/1.tar"] = content(1, 1000)
         shards = store(tmp_path)
         shards.prefetch([site.url("/0.tar"), site.url("/1.tar")])
-        deadline = time.monotonic() + 20
-        while shards._thread is not None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: shards._thread is None)
         assert "fetching ahead" in caplog.text
         asked = len(site.requests)
         shards.path(site.url("/0.tar"))
@@ -493,3 +516,46 @@ def test_notes_of_the_cache_are_not_trusted_blindly(tmp_path):
         note.write_text(json.dumps({"size": "?"}))
         assert store(tmp_path).path(site.url("/a.tar")).read_bytes() == data
         assert len(site.asked("/a.tar")) == 3
+
+
+def bytes_in(folder) -> int:
+    total = 0
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+            total += path.stat().st_size
+    return total
+
+
+def read_at_random(folder, urls, digests, seed, queue):
+    """Read shards in random order for a while, as a loader does: path, open, read later."""
+    random = np.random.default_rng(seed)
+    shards = ShardStore(cache_dir=folder, max_bytes=450_000, timeout_s=10.0, backoff_s=0.01)
+    largest, wrong = 0, 0
+    try:
+        for _ in range(60):
+            window = [int(i) for i in random.choice(len(urls), 2, replace=False)]
+            shards.prefetch([urls[i] for i in window])
+            with open(shards.path(urls[window[0]]), "rb") as file:
+                largest = max(largest, bytes_in(folder))
+                wrong += hashlib.sha256(file.read()).hexdigest() != digests[window[0]]
+        queue.put((wrong, largest))
+    except BaseException as error:
+        queue.put(repr(error))
+
+
+def test_processes_that_share_a_small_cache_never_read_wrong_bytes_nor_pass_the_bound(tmp_path):
+    data = {f"/{i}.tar": content(i, 100_000) for i in range(12)}
+    digests = [hashlib.sha256(one).hexdigest() for one in data.values()]
+    with serve(Site(data)) as site:
+        queue = SPAWN.Queue()
+        arguments = [(tmp_path, [site.url(path) for path in data], digests, seed, queue) for seed in range(3)]
+        running = [SPAWN.Process(target=read_at_random, args=one) for one in arguments]
+        for process in running:
+            process.start()
+        results = [queue.get(timeout=120) for _ in running]
+        for process in running:
+            process.join(30)
+        assert [result for result in results if not isinstance(result, tuple)] == []
+        assert [result[0] for result in results] == [0, 0, 0]
+        assert max(largest for _, largest in results) <= 450_000
+        assert len(site.requests) > 12  # the cache was too small for all: shards did go and come back

@@ -42,20 +42,24 @@ def read_vqa(
             annotated[identity] = entry
     finder = _Finder(Path(images))
     found: list[Question] = []
+    seen: set[str] = set()
+    total = len(annotated)
     for file in questions:
         for entry, subset in _entries(file, "questions"):
             identity = str(_field(entry, "question_id", file))
-            annotation = annotated.get(identity)
+            if identity in seen:
+                raise ShardWriteError(f"{file}: question_id {identity} is asked twice; are two of the files the same?")
+            seen.add(identity)
+            annotation = annotated.pop(identity, None)  # VQAv2's would otherwise be in memory twice
             if annotation is None:
                 raise ShardWriteError(
                     f"{file}: question_id {identity} has no annotation (test sets have none and cannot be written); "
-                    f"annotations read: {len(annotated)} from {', '.join(map(str, annotations))}"
+                    f"annotations read: {total} from {', '.join(map(str, annotations))}"
                 )
             found.append(_question(identity, entry, annotation, finder, entry.get("coco_split", subset), file))
-    if len(annotated) > len({question.identity for question in found}):
-        unused = next(iter(annotated.keys() - {question.identity for question in found}))
+    if annotated:
         raise ShardWriteError(
-            f"{len(annotated) - len(found)} annotations belong to no question, such as question_id {unused}: "
+            f"{len(annotated)} annotations belong to no question, such as question_id {next(iter(annotated))}: "
             "is a questions file missing?"
         )
     return Source(
