@@ -21,7 +21,7 @@ from tests.optim import zero_launched
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "tests" / "optim" / "zero_launched.py")
 BIN = Path(sys.executable).parent
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def start(folder: Path, cases: list[str], launcher: str = "python", name: str = "") -> None:
