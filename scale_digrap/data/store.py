@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from braceexpand import braceexpand
 
@@ -141,7 +142,7 @@ class ShardStore:
             found = [pattern]
         if len(found) == 1 and Path(found[0]).name == MANIFEST_NAME and Path(found[0]).is_file():
             folder = Path(found[0]).parent
-            return [str(folder / entry.name) for entry in self._load(Path(found[0])).shards]
+            return [str(folder / _plain(entry.name, found[0])) for entry in self._load(Path(found[0])).shards]
         return found
 
     def _expand_remote(self, pattern: str) -> list[str]:
@@ -151,7 +152,8 @@ class ShardStore:
             manifest = self.manifest(pattern)
             if manifest is None:
                 raise DataError(f"no such manifest: {show(pattern)}")
-            return [beside(pattern, entry.name) for entry in manifest.shards]
+            names = [_plain(entry.name, show(pattern)) for entry in manifest.shards]
+            return [beside(pattern, quote(name) if web else name) for name in names]
         if web:
             if "*" in pattern.partition("?")[0]:
                 raise DataError(
@@ -378,6 +380,13 @@ class ShardStore:
 
 class _NoRoomYetError(CacheError):
     """Everything in the cache is pinned; the prefetch thread waits."""
+
+
+def _plain(name: str, manifest: str) -> str:
+    """A shard's name in a manifest; it must not lead out of the manifest's folder."""
+    if "/" in name or name in ("", ".", ".."):
+        raise DataError(f"{manifest}: {name!r} is not the name of a file beside it")
+    return name
 
 
 def _local(path: Path, entry: ShardEntry | None) -> Path:

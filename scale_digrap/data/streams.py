@@ -118,6 +118,8 @@ class _HttpStream:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error, offset) from None
+        except (http.client.InvalidURL, ValueError) as error:
+            raise FetchError(f"{self._where}: not a URL that can be asked for: {scrub(str(error), url)}") from None
         except (OSError, http.client.HTTPException) as error:
             raise TryAgainError(_reason(error, options.timeout_s)) from None
         try:

@@ -123,6 +123,8 @@ def test_what_no_retry_mends_is_told_at_once(tmp_path):
             with pytest.raises(FetchError, match=words):
                 store(tmp_path).path(site.url(path))
             assert len(site.asked(path)) == 1
+    with pytest.raises(FetchError, match="not a URL that can be asked for"):
+        store(tmp_path).path("http://127.0.0.1:1/a b.tar")
     with pytest.raises(FetchError, match="Connection refused"):
         store(tmp_path, retries=0).path(site.url("/a.tar"))
 
@@ -181,6 +183,16 @@ def test_the_manifest_beside_remote_shards(tmp_path):
         assert shards.expand(site.url("/x/manifest.json")) == [site.url(f"/x/a-{i}.tar") for i in range(3)]
         assert [one.name for one in shards.manifest(site.url("/x/a-1.tar")).shards] == ["a-0.tar", "a-1.tar", "a-2.tar"]
         assert shards.manifest(site.url("/y/a-1.tar")) is None
+        lines[1]["name"] = "ä b.tar"
+        Manifest(version=1, shards=[ShardEntry(**line) for line in lines], classes=None).save(file)
+        site.files |= {"/x/manifest.json": file.read_bytes(), "/x/%C3%A4%20b.tar": b"x"}
+        (url,) = shards.expand(site.url("/x/manifest.json"))[1:2]
+        assert shards.path(url).read_bytes() == b"x"
+        for name in ("../a.tar", "/etc/passwd", ".."):
+            lines[1]["name"] = name
+            Manifest(version=1, shards=[ShardEntry(**line) for line in lines], classes=None).save(file)
+            with pytest.raises(DataError, match="is not the name of a file beside it"):
+                shards.expand(file)
         with pytest.raises(DataError, match="no such manifest"):
             shards.expand(site.url("/y/manifest.json"))
 
