@@ -60,10 +60,10 @@ def _keep_optimizer(trainer: Any, given: AnchoredOptimizer) -> None:
 
     def create_optimizer(*args: Any, **kwargs: Any) -> Any:
         if trainer.optimizer is None:
-            if not waiting:
+            if not waiting:  # its tensors are the first engine's partitions now
                 raise DeepSpeedError(
                     "Trainer builds a second DeepSpeed engine, but the optimizer of optimizers=(...) belongs to the "
-                    "first: make a new Trainer, or pass optimizer_cls_and_kwargs=(DiGraP, {...}) with an anchor mapping"
+                    "first: make a new model, optimizer and Trainer"
                 )
             trainer.optimizer = waiting.pop()
         return original(*args, **kwargs)
