@@ -234,8 +234,8 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
     def _decode(self, opened: _OpenShard, record: int, question: int | None) -> VqaSample:
         data = opened.read(record)
         images: list[Image.Image | bytes] = [self.decoder(part) for part in data.images]
-        meta = self._meta(data, opened.index.keys[record])
-        key = opened.index.keys[record]
+        meta = self._meta(data)
+        key = data.key
         if question is not None:
             key = f"{key}#{question}"
             asked = meta.pop("questions")[question]
@@ -254,7 +254,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             more_images=images[1:],
         )
 
-    def _meta(self, data: _Record, key: str) -> dict[str, Any]:
+    def _meta(self, data: _Record) -> dict[str, Any]:
         """The JSON of a record; for an image with a class and nothing else, a question and the class's name."""
         if data.cls is None:
             return parse_record(data.json or b"")
@@ -269,7 +269,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         if number >= len(self.classes):
             raise SampleError(f"its .cls is {number}, there are {len(self.classes)} classes")
         own = parse_json(data.json) if data.json is not None else {}
-        named = {"question": self.class_question, "answers": [self.classes[number]], "question_id": key}
+        named = {"question": self.class_question, "answers": [self.classes[number]], "question_id": data.key}
         return {"class": number, **own, **named}
 
 
@@ -277,6 +277,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
 class _Record:
     """The fields of a record as they are stored."""
 
+    key: str
     json: bytes | None
     cls: bytes | None
     images: list[bytes]
@@ -311,13 +312,13 @@ class _OpenShard:
         return key if question is None else f"{key}#{question}"
 
     def read(self, record: int) -> _Record:
-        spans = self.index.spans[record].tolist()
+        key, spans = self.index.keys[record], self.index.spans[record].tolist()
         parts = [(field, *spans[column]) for field, column in self._wanted if spans[column][1] >= 0]
         if not parts:
-            raise ShardDamage(self.name, None, f"record {self.index.keys[record]!r} has no field that can be read")
+            raise ShardDamage(self.name, None, f"record {key!r} has no field that can be read")
         low = min(offset for _, offset, _ in parts) - _HEADER
         high = max(offset + size for _, offset, size in parts)
-        found = _Record(None, None, [])
+        found = _Record(key, None, None, [])
         # Members of a record lie together: one read, unless there is something large between them.
         whole = None
         if high - low <= sum(size + _HEADER for _, _, size in parts) + _GAP:
@@ -327,7 +328,7 @@ class _OpenShard:
             start = offset - _HEADER - low if block is None else 0
             source = whole if block is None else block
             assert source is not None
-            self._check_header(source[start : start + 100], f"{self.index.keys[record]}.{field}", offset - _HEADER)
+            self._check_header(source[start : start + 100], f"{key}.{field}", offset - _HEADER)
             data = source[start + _HEADER : start + _HEADER + size]
             if field == "json":
                 found.json = data
