@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def skip_cpu_communication_op() -> None:
     The build takes minutes at the first ``init_distributed``, and one that is killed leaves a lock on which every later
     run sleeps. gloo does its work. Call it before ``deepspeed.init_distributed`` and ``deepspeed.initialize``.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         return
     import deepspeed.ops
 
