@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from scale_digrap.data.shards import image_extension, image_fields
+from scale_digrap.data.shards import ShardWriteError, image_extension, image_fields
 from scale_digrap.data.sources.records import Record
 from scale_digrap.data.written import WriteOptions
 
@@ -88,7 +88,12 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
         if path in missing:
             return Unreadable(path, MISSING)
         try:
-            images.append(_picture(path, options))
+            data = Path(path).read_bytes()
+        except OSError as error:
+            # Storage that fails is no property of the picture: the next call may read it.
+            raise ShardWriteError(f"cannot read {path}: {error.strerror}. The same command goes on from here") from None
+        try:
+            images.append(_picture(data, options))
         except UnidentifiedImageError:  # its own text holds a memory address
             return Unreadable(path, "not a picture in a known format")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
@@ -99,9 +104,8 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
     return {**found, "json": record.json}
 
 
-def _picture(path: str, options: WriteOptions) -> tuple[str, bytes]:
-    """Extension and bytes of a picture: the file's own, unless it has to become smaller."""
-    data = Path(path).read_bytes()
+def _picture(data: bytes, options: WriteOptions) -> tuple[str, bytes]:
+    """Extension and bytes of a picture: those of its file, unless it has to become smaller."""
     extension = image_extension(data)
     if options.resize is None and not options.verify:
         if extension is None:

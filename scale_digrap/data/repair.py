@@ -75,7 +75,7 @@ def repair_shards(
         ShardWriteError: the folder holds something, two shards of one name, or no good record in any shard.
         DataError: a shard that does not exist.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ShardWriteError(f"{folder} holds files already: repaired shards go to a folder of their own")
     names = [shard.url.rpartition("/")[2] for shard in shards]
@@ -95,8 +95,8 @@ def repair_shards(
 
     staging = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         paths = []
         with bar(progress, "writing", len(jobs)) as advance:
             for name, job, (repair, good) in zip(names, jobs, results, strict=True):
@@ -111,6 +111,8 @@ def repair_shards(
         (staging / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         os.rename(staging, folder)
         sync_folder(folder.parent)
+    except OSError as error:
+        raise ShardWriteError(f"cannot write {folder}: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return repairs

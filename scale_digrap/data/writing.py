@@ -50,10 +50,13 @@ def write_source(
 
     Raises:
         ShardWriteError: missing or unreadable pictures beyond ``allow_missing``, a record larger than ``max_size``,
-            a folder that holds something else, or that another process is writing.
+            a folder that holds something else, or that another process is writing; a full disk or a picture that the
+            system refuses to read, after which the same call goes on from the last finished shard.
     """
     options.check()
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
+    if not folder.name:
+        raise ShardWriteError(f"{folder} cannot be a folder of shards")
     for record in source.records:
         check_key(record.key)
     if len({record.key for record in source.records}) < len(source.records):
@@ -68,27 +71,28 @@ def write_source(
         order = np.random.default_rng(options.shuffle_seed).permutation(len(source.records))
 
     staging = folder.with_name(f".{folder.name}.writing")
-    staging.mkdir(parents=True, exist_ok=True)
-    with open(staging / "lock", "w") as lock:
-        _lock(lock, folder)
-        finished = _finished(folder, fingerprint)
-        if finished is not None:  # by the process that held the lock
-            return finished
-        written = _taken_up(staging, fingerprint)
-        if written is None:
-            _empty(staging)
-            written = Written(source.description, fingerprint, asdict(options))
-        job = _Job(source, order, options, staging, written, missing)
-        with bar(progress, "writing", len(order)) as advance:
-            job.run(workers, advance)
-        _finish(source, staging, written, workers, progress)
-        try:
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with open(staging / "lock", "w") as lock:
+            _lock(lock, folder)
+            finished = _finished(folder, fingerprint)
+            if finished is not None:  # by the process that held the lock
+                shutil.rmtree(staging)
+                return finished
+            written = _taken_up(staging, fingerprint)
+            if written is None:
+                _empty(staging)
+                written = Written(source.description, fingerprint, asdict(options))
+            job = _Job(source, order, options, staging, written, missing)
+            with bar(progress, "writing", len(order)) as advance:
+                job.run(workers, advance)
+            _finish(source, staging, written, workers, progress)
             os.rename(staging, folder)
-        except OSError as error:
-            raise ShardWriteError(
-                f"all shards are complete in {staging}, but it cannot become {folder}: {error}"
-            ) from None
-        sync_folder(folder.parent)
+            sync_folder(folder.parent)
+    except OSError as error:
+        raise ShardWriteError(
+            f"cannot write {folder}: {error}. What is finished stays in {staging}; the same command goes on from there"
+        ) from None
     return written
 
 

@@ -101,6 +101,21 @@ def test_the_other_sources(tmp_path, capsys):
     assert "classes    3, 3 to 3 records each" in capsys.readouterr().out
 
 
+def test_easy_vqa_is_a_source_too(tmp_path, monkeypatch, capsys):
+    from scale_digrap.quickstart import data
+
+    asked = []
+
+    def build(folder, seed):
+        asked.append((folder, seed))
+        return data.QuickstartData(folder, [folder / "a.tar"], {"id": [folder / "b.tar"] * 2}, {}, {})
+
+    monkeypatch.setattr(data, "build", build)
+    assert main(["shards", "write", "easy-vqa", "--to", str(tmp_path), "--seed", "3"]) == 0
+    assert asked == [(tmp_path, 3)]
+    assert lines(capsys) == ["train: 1 shards", "suite id: 2 shards"]
+
+
 def test_missing_pictures(tmp_path, vqa, capsys):
     next((tmp_path / "images").rglob("*.jpg")).unlink()
     assert main([*vqa, "--to", str(tmp_path / "out")]) == 2

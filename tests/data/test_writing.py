@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -18,7 +19,7 @@ import webdataset
 
 from scale_digrap.data.index import Manifest, index_shards
 from scale_digrap.data.sample import VqaSample
-from scale_digrap.data.shards import ShardWriteError, encode_sample, write_shards
+from scale_digrap.data.shards import ShardFile, ShardWriteError, encode_sample, write_shards
 from scale_digrap.data.sources.records import Source
 from scale_digrap.data.sources.vqa import read_vqa
 from scale_digrap.data.writing import write_source
@@ -200,6 +201,39 @@ def test_unreadable_pictures(tmp_path, kind, workers):
         assert write_source(source, tmp_path / "unchecked", WriteOptions()).samples == 18
     if kind == "gif":
         assert write_source(source, tmp_path / "converted", WriteOptions(resize=1000)).samples == 18
+
+
+def test_a_full_disk_is_one_error_and_the_work_is_kept(tmp_path, monkeypatch):
+    source, add, calls = vqa(tmp_path), ShardFile.add, []
+
+    def full(self, key, fields):
+        calls.append(key)
+        if len(calls) == 11:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, key, fields)
+
+    monkeypatch.setattr(ShardFile, "add", full)
+    with pytest.raises(ShardWriteError, match=r"No space left on device.*the same command goes on"):
+        write_source(source, tmp_path / "out", WriteOptions(max_count=3))
+    assert write_source(source, tmp_path / "out", WriteOptions(max_count=3)).resumed == 3
+    monkeypatch.undo()
+    write_source(source, tmp_path / "whole", WriteOptions(max_count=3))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_not_a_missing_one(tmp_path, workers):
+    source = vqa(tmp_path)
+    picture = sorted((tmp_path / "images").rglob("*.jpg"))[2]
+    data = picture.read_bytes()
+    picture.unlink()
+    picture.symlink_to("/proc/self/mem")  # opens, and fails to read
+    with pytest.raises(ShardWriteError, match=r"cannot read .*Input/output error"):
+        write_source(source, tmp_path / "out", WriteOptions(allow_missing=5, max_count=1), workers=workers)
+    picture.unlink()
+    picture.write_bytes(data)
+    written = write_source(source, tmp_path / "out", WriteOptions(allow_missing=5, max_count=1))
+    assert (written.samples, written.left_out) == (18, [])
 
 
 @pytest.mark.parametrize(
