@@ -299,6 +299,7 @@ class _Run:
             )
 
     def _log(self, number: int, grad_norm: float) -> None:
+            **{f"epochs_{name}": count for name, count in self.loader.epochs().items() if len(self.loader.names) > 1},
         # No barrier: these sums make the ranks wait for each other, so the time is that of the slowest.
         (loss,) = self.engine.sum([self.loss.item()])
         seconds = time.perf_counter() - self.since

@@ -68,6 +68,8 @@ def test_mixtures_are_configured(checkpoint, tmp_path):
     }
     result = train(config_from_dict(values))
     assert result.steps == 12  # 24 samples of b, one draw in four: 96 samples
+    last = result.history[-1]
+    assert (last["epochs_a"], last["epochs_b"]) == (72 / 48, 24 / 24)
 
 
 def _end(*args, **sections):
