@@ -35,6 +35,7 @@ from scale_digrap.data.urls import basename, beside, is_local, scheme, show
 _OPEN_SHARDS = 256
 _HEADER = 512
 _GAP = 1 << 16
+_LARGEST = 1 << 30
 
 
 class ShardDataset(torch.utils.data.Dataset[VqaSample]):
@@ -316,6 +317,8 @@ class _OpenShard:
         parts = [(field, *spans[column]) for field, column in self._wanted if spans[column][1] >= 0]
         if not parts:
             raise ShardDamage(self.name, None, f"record {key!r} has no field that can be read")
+        if sum(size for _, _, size in parts) > _LARGEST:
+            raise SampleError(f"its fields are larger than {_LARGEST >> 20} MiB together")
         low = min(offset for _, offset, _ in parts) - _HEADER
         high = max(offset + size for _, offset, size in parts)
         found = _Record(key, None, None, [])

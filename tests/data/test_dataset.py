@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 import warnings
 
 import numpy as np
@@ -199,6 +200,20 @@ def test_members_far_apart_are_read_one_by_one(tmp_path):
         sample = dataset[0]
     assert (sample.question_id, sample.image.getpixel((0, 0))[0]) == ("1", 7)
     assert sum(sizes) < 5000
+
+
+def test_a_record_too_large_to_be_true_is_not_read(tmp_path):
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:  # a sparse file: the member is there, and 2 GiB long
+        info = tarfile.TarInfo("a.png")
+        info.size = 2 << 30
+        file.write(info.tobuf())
+        file.seek(info.size, 1)
+        other = tarfile.TarInfo("a.json")
+        other.size = len(record(1))
+        file.write(other.tobuf() + record(1).ljust(512, b"\0") + bytes(10240))
+    with pytest.raises(SampleError, match="'a': its fields are larger than 1024 MiB"):
+        ShardDataset(str(path))[0]
 
 
 def test_a_shard_that_is_replaced_is_noticed_at_the_next_read(tmp_path):
