@@ -17,6 +17,7 @@ from typing import Any, Optional, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scale_digrap.duration import seconds
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.zero_config import ZeroConfig, zero_problem
 
@@ -256,6 +257,32 @@ class TrainingConfig:
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite gradient; each one is skipped and counted."""
 
+    spike_threshold: float = 6.0
+    """Report a loss that is this many standard deviations above the median of the last ``spike_window`` steps, with its
+    samples; 0 reports none."""
+
+    spike_window: int = 100
+    """Steps to look back on for ``spike_threshold``."""
+
+    max_time: Optional[str] = None  # noqa: UP045
+    """Stop with a checkpoint after the step in which this much time has passed, for example ``3h50m``. Leave room for
+    the start before it, and for one step and one checkpoint after it."""
+
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+    """Signals that stop the run with a checkpoint after the current step; one to any rank is enough."""
+
+    timeout_s: float = 1800.0
+    """Longest wait of a rank for the others in a collective, in seconds; then the run ends with an error. Ranks that
+    read a large model are minutes apart."""
+
+    stall_s: float = 600.0
+    """When nothing has moved on a rank for this many seconds, it writes its stacks to ``run_dir/watchdog``; below
+    ``timeout_s``. 0 watches nothing."""
+
+    sync_check_every: int = 100
+    """Every this many steps, and in the first, prove that all ranks hold the same replicated weights, the same ω and
+    the same place in the data; 0 never does."""
+
 
 @dataclass(kw_only=True)
 class ShardingConfig:
@@ -292,6 +319,21 @@ class CheckpointConfig:
 
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+    keep_every: int = 0
+    """Checkpoints of every this many steps stay for good; 0 keeps none."""
+
+    background: bool = False
+    """Copy the state to main memory and write it while training goes on: one copy of the state in main memory."""
+
+    anchors: bool = True
+    """Store DiGraP's anchors. False: they are the base's weights again, which must then be the same at resume."""
+
+    on_error: str = "stop"
+    """``stop`` or ``continue`` when a checkpoint cannot be written; older ones stay in either case."""
+
+    on_damage: str = "fallback"
+    """``fallback`` (the newest whole checkpoint before it, with a warning) or ``refuse`` when the newest is damaged."""
 
     resume: str = "auto"
     """``auto`` (the newest complete checkpoint of ``run_dir``, if any), ``never``, or the path of a checkpoint."""
@@ -392,7 +434,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.device": ("auto", "cpu", "cuda"),
     "sharding.engine": ("fsdp", "deepspeed"),
     "checkpoint.final_dtype": ("float32", "bfloat16"),
+    "checkpoint.on_error": ("stop", "continue"),
+    "checkpoint.on_damage": ("fallback", "refuse"),
 }
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
 SUITE_CHOICES: dict[str, tuple[str, ...]] = {
     "group": ("id", "near", "far"),
     "shift": ("none", "vision", "question", "answer", "multimodal", "adversarial", "skill"),
@@ -503,7 +548,13 @@ def validate(config: Config) -> None:
             raise ConfigError(f"data.mixture.{name}.shards is empty: name its tar files")
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise ConfigError(f"data.mixture.{name}.weight must be greater than 0, got {source.weight}")
-    for key in ("checkpoint.every", "log.layers_every", "schedule.warmup_steps", "training.seed"):
+    for key in (
+        "checkpoint.every",
+        "checkpoint.keep_every",
+        "log.layers_every",
+        "schedule.warmup_steps",
+        "training.seed",
+    ):
         _check_range(config, key, low=0)
     _check_range(config, "checkpoint.keep", low=1)
     _check_range(config, "optimizer.weight_decay", low=0.0)
@@ -513,6 +564,11 @@ def validate(config: Config) -> None:
     for key in ("training.steps", "model.max_length"):
         if _get(config, key) is not None:
             _check_range(config, key, low=1)
+    for key in ("training.sync_check_every", "training.spike_threshold", "training.stall_s"):
+        _check_range(config, key, low=0)
+    _check_range(config, "training.timeout_s", above=0.0)
+    _check_range(config, "training.spike_window", low=10)
+    _check_stop(config.training)
     for key in ("training.epochs", "training.clip_norm"):
         if _get(config, key) is not None:
             _check_range(config, key, above=0.0)
@@ -546,6 +602,25 @@ def validate(config: Config) -> None:
         raise ConfigError(problem)
     if not str(config.run_dir).strip():
         raise ConfigError("run_dir is empty: name a folder for logs and checkpoints")
+
+
+def _check_stop(training: TrainingConfig) -> None:
+    if training.stall_s >= training.timeout_s:
+        raise ConfigError(
+            f"training.stall_s={training.stall_s:g} must be below training.timeout_s={training.timeout_s:g}: the "
+            f"timeout ends the ranks before they could write where they hang"
+        )
+    if training.max_time is not None:
+        try:
+            seconds(training.max_time)
+        except ValueError as error:
+            raise ConfigError(f"training.max_time: {error}") from None
+    for name in training.stop_signals:
+        if name not in STOP_SIGNALS:
+            raise ConfigError(
+                f"training.stop_signals must be among {', '.join(STOP_SIGNALS)}; got {name!r}"
+                f"{suggest(name, STOP_SIGNALS)}"
+            )
 
 
 def validate_for_training(config: Config) -> None:

@@ -10,7 +10,13 @@ Example::
     scale_digrap.deepspeed.attach(engine)
 """
 
-from scale_digrap.deepspeed.checkpoint import load_checkpoint, load_portable, save_portable, to_universal
+from scale_digrap.deepspeed.checkpoint import (
+    load_checkpoint,
+    load_portable,
+    refresh_model,
+    save_portable,
+    to_universal,
+)
 from scale_digrap.deepspeed.engine import (
     attach,
     client_optimizer,
@@ -28,6 +34,7 @@ __all__ = [
     "initialize",
     "load_checkpoint",
     "load_portable",
+    "refresh_model",
     "save_portable",
     "skip_cpu_communication_op",
     "to_universal",

@@ -35,8 +35,7 @@ def load_portable(engine: Any, folder: str | Path) -> None:
     """Read :func:`save_portable`'s folder, of this engine or another, and bring the model's weights up to date."""
     optimizer = client_optimizer(engine)
     _load_portable(optimizer, folder)
-    if isinstance(optimizer.layout, ZeroLayout):
-        _refresh_model(engine.optimizer)
+    refresh_model(engine)
 
 
 def to_universal(source: str | Path, target: str | Path, *, workers: int = 4) -> None:
@@ -189,8 +188,11 @@ def _restore_anchors(engine: Any, layout: ZeroLayout, folder: Path) -> None:
         layout.local(index, state["anchor"]).copy_(layout.local_of_full(index, values))
 
 
-def _refresh_model(zero: Any) -> None:
-    """The model's weights from the fp32 ones, as at the end of a step."""
+def refresh_model(engine: Any) -> None:
+    """The model's weights from the fp32 ones that the optimizer steps, as at the end of a step; collective."""
+    zero = engine.optimizer
+    if zero is client_optimizer(engine):
+        return
     kind = type(zero).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         for number in range(len(zero.fp32_partitioned_groups_flat)):

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.optim.anchored import AnchoredOptimizer
-from scale_digrap.sharding.layout import ShardLayout
+from scale_digrap.sharding.layout import ShardLayout, layout_for
 
 SCALARS = "layers"
 PARAM = "param"
@@ -49,6 +49,11 @@ class FlatRange(Tensor):
         whole = Tensor._make_wrapper_subclass(cls, (size,), dtype=values.dtype, device=values.device)  # type: ignore[attr-defined]
         whole.values, whole._offset = values, offset
         return whole
+
+    @property
+    def offset(self) -> int:
+        """Place of the first element of the range."""
+        return self._offset
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
@@ -80,14 +85,24 @@ class PortableState:
 
     Args:
         optimizer: any optimizer whose state is, per tensor that it steps, tensors of that shape and numbers.
-        layout: where the layers lie; an anchored optimizer's own by default, which must then be initialised.
+        layout: where the layers lie. By default an anchored optimizer's own, and for others one layer per named
+            parameter; to be given where an engine has put other tensors in the place of the parameters.
     """
 
     def __init__(self, optimizer: Optimizer, layout: ShardLayout | None = None) -> None:
         if layout is None and isinstance(optimizer, AnchoredOptimizer):
             optimizer.init_state()
             layout = optimizer.layout
-        assert layout is not None, "only an anchored optimizer knows where its layers lie"
+        elif layout is None:
+            named = [
+                pair
+                for group in optimizer.param_groups
+                for pair in zip(group["param_names"], group["params"], strict=True)
+                if pair[1].requires_grad
+            ]
+            names, params = [name for name, _ in named], [param for _, param in named]
+            layout = layout_for(names, params, [False] * len(names))
+        assert layout is not None
         self.optimizer, self.layout = optimizer, layout
 
     # -- saving --------------------------------------------------------------------------------------------------------

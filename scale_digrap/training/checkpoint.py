@@ -1,148 +1,396 @@
-"""Checkpoints to go on from, on any number of ranks, and the final model for everybody else.
+"""Checkpoints that survive a kill at any moment, on any number of ranks and in either engine.
 
-A checkpoint is written to ``step-N.tmp`` and renamed when every rank has finished: ``step-N`` is whole or not there.
-It holds what is trained; frozen weights come from the base checkpoint again. There is no generator state in it: the
-randomness of a step depends on (seed, step, rank) alone.
+A checkpoint is written to ``step-N.tmp``, listed with checksums, made durable, and renamed: ``step-N`` is whole or not
+there. Before a tensor is loaded all files are compared with the list; a damaged checkpoint is named and the newest
+whole one before it is used. It holds what is trained; frozen weights come from the base again, whose fingerprint is
+compared. There is no generator state in it: the randomness of a step depends on (seed, step, rank) alone.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
+import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+import threading
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForImageTextToText
 
+from scale_digrap.config import Config
 from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.loading import LoadedModel, quiet
-from scale_digrap.training.engine import CheckpointError, Engine
+from scale_digrap.optim.portable import FlatRange, PortableStateError, read_metadata
+from scale_digrap.training import manifest
+from scale_digrap.training.engine import CheckpointError, Engine, short
+from scale_digrap.training.fingerprint import weights_fingerprint
 
-_STEP = re.compile(r"step-(\d+)")
-_META = "trainer.json"
-_ENGINE_FILES = (".metadata", "latest")  # torch's distributed checkpoint, DeepSpeed's
+log = logging.getLogger(__name__)
+
+STATE, META, LATEST = "state", "trainer.json", "latest"
+_ANCHOR, _BUFFER = "anchor.", "buffer."
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class RunState:
     """The small part of a checkpoint, the same on all ranks: ``trainer.json``."""
 
+    version: int
     step: int
-    loader: dict[str, Any]
-    scheduler: dict[str, Any]
-    optimizer: str
     samples: int
-    layout: dict[str, Any] = field(default_factory=lambda: {"engine": "fsdp"})
-    """The writing engine's ``state_layout``."""
+    optimizer: str
+    loader: dict[str, Any]
+    base: str
+    """Fingerprint of the pre-trained weights that the run began with."""
+    frozen: bool
+    """Some weights are not in the checkpoint and come from the base."""
+    anchors: bool
+    """The anchors are in the checkpoint; else they are the base's weights."""
+    engine: str
+    ranks: int
+    config: dict[str, Any]
+    versions: dict[str, str]
 
 
-def completed(folder: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints in a folder, oldest first."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else []:
-        match = _STEP.fullmatch(path.name)  # fullmatch: step-12.tmp is not a checkpoint
-        if match and _is_whole(path):
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+class Checkpointer:
+    """Writes and reads a run's checkpoints; every method is collective.
 
-
-def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that ``checkpoint.resume`` means; None to start afresh.
-
-    Raises:
-        CheckpointError: an explicit path that is no checkpoint.
+    Args:
+        config: the run's.
+        engine, loaded, optimizer, scheduler, loader: the run, prepared and at its start: the model holds the
+            pre-trained weights, whose fingerprint is taken here.
     """
-    if resume == "never":
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: Engine,
+        loaded: LoadedModel,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        loader: TrainLoader,
+    ) -> None:
+        self.config, self.options = config, config.checkpoint
+        self.folder = Path(config.run_dir) / "checkpoints"
+        self._engine, self._loaded, self._loader = engine, loaded, loader
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.failures = 0
+        """Saves that failed and were passed over (``checkpoint.on_error=continue``)."""
+        trained = set(loaded.trained())
+        named = list(loaded.model.named_parameters())
+        self._frozen = any(name not in trained for name, _ in named)
+        made_here = {*loaded.adapters, *loaded.new_layers}
+        self._base = weights_fingerprint((name, p) for name, p in named if name not in made_here)
+        self._staging: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._thread_error: str | None = None
+        # Collectives of a background save must not mix with those of the training step.
+        several = engine.world_size > 1
+        self._group = dist.new_group(backend="gloo") if several and self.options.background else None
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """Write ``step-N`` and delete what is no longer kept; in the background with ``checkpoint.background``.
+
+        Raises:
+            CheckpointError: writing failed on some rank (unless ``checkpoint.on_error=continue``); older checkpoints
+                are untouched. In the background: by the next :meth:`poll`, :meth:`save` or :meth:`close`.
+        """
+        self.close()  # one at a time
+        tensors = self._engine.portable(self._optimizer).state_dict()
+        if not self.options.anchors:
+            tensors = {name: value for name, value in tensors.items() if not name.startswith(_ANCHOR)}
+        tensors |= {_BUFFER + name: value for name, value in self._buffers().items()}
+        meta = json.dumps(asdict(self._meta(step)), indent=1)
+        if not self.options.background:
+            self._outcome(self._write(step, tensors, meta, None))
+            return
+        staged = {name: self._stage(name, value) for name, value in tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+        def work() -> None:
+            self._thread_error = self._write(step, staged, meta, self._group)
+
+        self._thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Look after a background save, once per step; costs one small reduction while one is under way.
+
+        Raises:
+            CheckpointError: on all ranks, what went wrong on any.
+        """
+        if self._thread is not None:
+            (running,) = self._engine.sum([self._thread.is_alive()])
+            if not running:
+                self.close()
+
+    def close(self) -> None:
+        """Wait for a background save.
+
+        Raises:
+            CheckpointError: on all ranks, what went wrong on any.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._outcome(self._thread_error)
+
+    def _outcome(self, error: str | None) -> None:
+        if error is None:
+            return
+        if self.options.on_error == "stop":
+            raise CheckpointError(f"{error} (checkpoint.on_error=continue would train on without it)")
+        self.failures += 1
+        if self._engine.rank == 0:
+            log.warning("checkpoint failed, training goes on (%d so far): %s", self.failures, error)
+
+    def _write(self, step: int, tensors: dict[str, Any], meta: str, group: Any) -> str | None:
+        """Write and commit; returns what went wrong anywhere, the same on all ranks."""
+        final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
+        rank = self._engine.rank
+        files: dict[str, list[Any]] = {}
+
+        def prepare() -> None:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def write_tensors() -> None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.save(tensors, checkpoint_id=partial / STATE, process_group=group)
+
+        def list_files() -> None:
+            mine = [path.name for path in (partial / STATE).iterdir() if path.name.startswith(f"__{rank}_")]
+            if rank == 0:
+                manifest.write_durably(partial / META, meta + "\n")
+                files.update(manifest.describe(partial, [META, f"{STATE}/.metadata"]))
+            files.update(manifest.describe(partial, [f"{STATE}/{name}" for name in mine]))
+
+        def commit() -> None:
+            if rank != 0:
+                return
+            manifest.write(partial, step, {name: entry for part in gathered for name, entry in part.items()})
+            replaced = final.with_name(final.name + ".old")
+            if final.exists():  # a damaged one that the run has come back to
+                final.rename(replaced)
+            partial.rename(final)
+            manifest.sync_folder(self.folder)
+            pointer = self.folder / (LATEST + ".tmp")
+            manifest.write_durably(pointer, final.name + "\n")
+            pointer.rename(self.folder / LATEST)
+            manifest.sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._prune()
+
+        for part in (prepare, write_tensors, list_files):
+            if (error := self._agreed(part, group)) is not None:
+                if rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+                return f"cannot write {final}: {error}"
+        gathered = self._gather(files, group)
+        error = self._agreed(commit, group)
+        return None if error is None else f"cannot write {final}: {error}"
+
+    def _agreed(self, part: Any, group: Any) -> str | None:
+        """Run a part of the work on every rank; the first error of any of them, on all."""
+        error = None
+        try:
+            part()
+        except (CheckpointException, Exception) as caught:  # CheckpointException is a BaseException
+            error = _reason(caught)
+        for rank, told in enumerate(self._gather(error, group)):
+            if told is not None:
+                return f"rank {rank}: {told}"
         return None
-    if resume == "auto":
-        checkpoints = completed(folder)
-        return checkpoints[-1][1] if checkpoints else None
-    path = Path(resume)
-    if not _is_whole(path):
-        raise CheckpointError(
-            f"checkpoint.resume={resume!r} is no whole checkpoint ({_META} and one of {', '.join(_ENGINE_FILES)} must "
-            f"be in it)"
-        )
-    return path
 
+    def _gather(self, value: Any, group: Any) -> list[Any]:
+        if self._engine.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self._engine.world_size
+        dist.all_gather_object(gathered, value, group=group)
+        return gathered
 
-def _is_whole(path: Path) -> bool:
-    return (path / _META).is_file() and any((path / name).is_file() for name in _ENGINE_FILES)
+    def _stage(self, name: str, value: Any) -> Any:
+        """A copy in main memory, in buffers that are used again: fresh ones cost more in page faults than the copy."""
+        tensor = value.values if isinstance(value, FlatRange) else value
+        if not isinstance(tensor, torch.Tensor):
+            return value
+        buffer = self._staging.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pin = torch.cuda.is_available()
+            buffer = self._staging[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+        buffer.copy_(tensor, non_blocking=True)
+        return FlatRange(value.numel(), value.offset, buffer) if isinstance(value, FlatRange) else buffer
 
+    def _prune(self) -> None:
+        """Delete all but the newest ``keep`` and every ``keep_every``-th; the one just written is never among them."""
+        found = manifest.checkpoints(self.folder)
+        for step, path in found[: -self.options.keep]:
+            if not self.options.keep_every or step % self.options.keep_every:
+                shutil.rmtree(path, ignore_errors=True)
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loader: TrainLoader,
-    engine: Engine,
-    keep: int,
-) -> Path:
-    """Write ``folder/step-N`` from all ranks and delete all but the newest ``keep``.
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Persistent buffers, which are whole on every rank."""
+        model = self._loaded.model
+        names = {name for name, _ in model.named_buffers()}
+        return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
 
-    Raises:
-        CheckpointError: writing failed on some rank; older checkpoints are untouched.
-    """
-    final, partial = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    if engine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    engine.barrier()
-    engine.save_state(partial, model, optimizer)
-    if engine.rank == 0:
-        state = RunState(
+    def _meta(self, step: int) -> RunState:
+        from omegaconf import OmegaConf
+
+        packages = ("torch", "transformers", "deepspeed", "peft", "scale-digrap")
+        return RunState(
+            version=_VERSION,
             step=step,
-            loader=loader.state_dict(),
-            scheduler={name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
-            optimizer=type(optimizer).__name__,
-            samples=loader.consumed,
-            layout=engine.state_layout(),
+            samples=self._loader.consumed,
+            optimizer=type(self._optimizer).__name__,
+            loader=self._loader.state_dict(),
+            base=self._base,
+            frozen=self._frozen,
+            anchors=self.options.anchors,
+            engine=self.config.sharding.engine,
+            ranks=self._engine.world_size,
+            config=OmegaConf.to_container(OmegaConf.structured(self.config)),  # type: ignore[arg-type]
+            versions={name: found for name in packages if (found := _version(name))},
         )
-        (partial / _META).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for _, old in completed(folder)[:-keep]:
-            shutil.rmtree(old)
-    engine.barrier()
-    return final
 
+    # -- resuming ------------------------------------------------------------------------------------------------------
 
-def load(
-    path: Path, *, engine: Engine, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, loader: TrainLoader
-) -> RunState:
-    """Read a checkpoint into live objects; FSDP's, whatever the number of ranks that wrote it.
+    def resume(self) -> int:
+        """Load what ``checkpoint.resume`` means; returns the step to go on after, 0 to start afresh.
 
-    Raises:
-        CheckpointError: another optimizer or engine, or a file that is missing or damaged. The model may then hold a
-            mixture.
-    """
-    state = RunState(**json.loads((path / _META).read_text(encoding="utf-8")))
-    if state.optimizer != type(optimizer).__name__:
-        raise CheckpointError(
-            f"{path} was written with {state.optimizer}, this run uses {type(optimizer).__name__}: set "
-            f"checkpoint.resume=never or another run_dir"
-        )
-    here = engine.state_layout()
-    if state.layout != here:
-        raise CheckpointError(
-            f"{path} was written with {_describe(state.layout)}, this run uses {_describe(here)}: use the same, or set "
-            f"checkpoint.resume=never or another run_dir"
-        )
-    engine.load_state(path, model, optimizer)
-    scheduler.load_state_dict({**scheduler.state_dict(), **state.scheduler})
-    loader.load_state_dict(state.loader)
-    return state
+        Raises:
+            CheckpointError: no checkpoint is whole, or the one asked for is not; another optimizer, other layers, other
+                base weights. Nothing is loaded then.
+        """
+        if self.options.resume == "never":
+            return 0
+        explicit = self.options.resume != "auto"
+        if explicit:
+            candidates = [(-1, Path(self.options.resume))]
+        else:
+            if self._engine.rank == 0:
+                self._tidy()
+            listed = manifest.checkpoints(self.folder) if self._engine.rank == 0 else None
+            candidates = self._gather(listed, None)[0][::-1]
+        damaged = []
+        for _, path in candidates:
+            wrong = self.problems(path)
+            if not wrong:
+                return self._load(path)
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            damaged.append(f"{path}: {wrong[0]}{more}")
+            if explicit or self.options.on_damage == "refuse":
+                raise CheckpointError(f"checkpoint is not whole: {damaged[0]}")
+            if self._engine.rank == 0:
+                log.warning("checkpoint is not whole, an older one is used: %s", damaged[-1])
+        if damaged:
+            raise CheckpointError(
+                f"none of {len(damaged)} checkpoints in {self.folder} is whole, the newest is {damaged[0]}; "
+                "checkpoint.resume=never starts afresh"
+            )
+        return 0
+
+    def newest(self) -> Path | None:
+        """The newest committed checkpoint."""
+        found = manifest.checkpoints(self.folder)
+        return found[-1][1] if found else None
+
+    def problems(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint, the same on all ranks; each rank reads its share of the files."""
+        files, wrong = manifest.read(path)
+        share = sorted(files)[self._engine.rank :: self._engine.world_size]
+        found = wrong + manifest.check(path, {name: files[name] for name in share})
+        return sorted({line for lines in self._gather(found, None) for line in lines})
+
+    def _tidy(self) -> None:
+        """Put right what a kill has left: a checkpoint moved aside but not replaced, and unfinished ones."""
+        for path in self.folder.glob("step-*.old") if self.folder.is_dir() else []:
+            final = path.with_suffix("")
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(final)
+        for path in self.folder.glob("step-*.tmp") if self.folder.is_dir() else []:
+            log.info("removing %s, which was never finished", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _load(self, path: Path) -> int:
+        try:
+            state = RunState(**json.loads((path / META).read_text(encoding="utf-8")))
+        except TypeError:
+            raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
+        self._check(path, state)
+        portable = self._engine.portable(self._optimizer)
+        try:
+            stored = read_metadata(path / STATE)
+            portable.check(stored, path)
+        except PortableStateError as error:
+            raise CheckpointError(f"{error}; checkpoint.resume=never or another run_dir starts afresh") from None
+        ranges, late = portable.targets(stored)
+        ranges |= {_BUFFER + name: value for name, value in self._buffers().items() if _BUFFER + name in stored}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(ranges, checkpoint_id=path / STATE)
+                portable.finish(ranges, late)
+        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+        self._engine.weights_changed(self._loaded.model)
+        self._set_schedule(state.step)
+        self._loader.load_state_dict(state.loader)
+        self._tell_changes(state)
+        return state.step
+
+    def _check(self, path: Path, state: RunState) -> None:
+        if state.optimizer != type(self._optimizer).__name__:
+            raise CheckpointError(
+                f"{path} was written with {state.optimizer}, this run uses {type(self._optimizer).__name__}: set "
+                f"checkpoint.resume=never or another run_dir"
+            )
+        if state.base != self._base and (state.frozen or not state.anchors):
+            what = "its frozen weights" if state.frozen else "its anchors"
+            raise CheckpointError(
+                f"{path} leaves out {what}, which are those of the base model, and model.path={self.config.model.path} "
+                f"has other weights now: point it to the weights that the run began with"
+            )
+
+    def _set_schedule(self, step: int) -> None:
+        """The schedule is a function of the step, of this run's configuration."""
+        scheduler: Any = self._scheduler
+        scheduler.last_epoch = step
+        rates = [base * ratio(step) for base, ratio in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def _tell_changes(self, state: RunState) -> None:
+        """Say which settings differ from those that the checkpoint was written with: the new ones count."""
+        if self._engine.rank != 0:
+            return
+        before, now = _flatten(state.config), _flatten(self._meta(state.step).config)
+        quiet = ("checkpoint.", "log.", "run_dir")
+        changed = [key for key in sorted(now) if before.get(key) != now[key] and not key.startswith(quiet)]
+        if changed:
+            told = ", ".join(f"{key}: {before.get(key)} → {now[key]}" for key in changed[:8])
+            log.warning("going on with another configuration than before: %s", told)
 
 
 def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str = "float32") -> Path:
@@ -188,5 +436,24 @@ def _twin(model: nn.Module) -> Any:
     return twin
 
 
-def _describe(layout: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in layout.items())
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _reason(error: BaseException) -> str:
+    """A CheckpointException wraps one error per rank in a page of traceback: the first is the reason."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return f"{type(error).__name__}: {short(error)}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from scale_digrap.config import Config
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.optim.portable import PortableState
 
 
 class TrainingError(ScaleDigrapError):
@@ -34,6 +34,10 @@ class Update:
 
     skipped: bool
     """The gradient was not finite, and nothing changed on any rank."""
+
+    layer_norms: Sequence[float] = ()
+    """Of a skipped step: the gradient's L2 norm for every trained parameter, not finite where it was not; empty where
+    the engine cannot tell."""
 
 
 class Engine(Protocol):
@@ -90,24 +94,12 @@ class Engine(Protocol):
         """After the last step: whoever reads or evaluates the model next must see the last update."""
         ...
 
-    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Write trained parameters and optimizer state from all ranks into an empty folder.
-
-        Raises:
-            CheckpointError: writing failed.
-        """
+    def portable(self, optimizer: Optimizer) -> PortableState:
+        """Trained weights and optimizer state, layer by layer, for a checkpoint that any engine reads. Collective."""
         ...
 
-    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Read what :meth:`save_state` wrote.
-
-        Raises:
-            CheckpointError: a file that is missing or damaged. The model may then hold a mixture.
-        """
-        ...
-
-    def state_layout(self) -> dict[str, Any]:
-        """What a checkpoint depends on besides the model: it is read by an engine of equal layout."""
+    def weights_changed(self, model: nn.Module) -> None:
+        """After a checkpoint was loaded into the optimizer's weights: the model computes with them. Collective."""
         ...
 
     def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
@@ -120,6 +112,10 @@ class Engine(Protocol):
 
     def max(self, value: float) -> float:
         """The largest value of any rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in rank order. Collective."""
         ...
 
     def barrier(self) -> None:

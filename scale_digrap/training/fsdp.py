@@ -17,15 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -35,8 +30,9 @@ from scale_digrap.config import Config
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.models.select import match_names
 from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.portable import PortableState
 from scale_digrap.sharding.dtensor import local, shard_count
-from scale_digrap.training.engine import CheckpointError, TrainingError, Update, short
+from scale_digrap.training.engine import TrainingError, Update
 from scale_digrap.training.optimizer import build_optimizer, digrap_anchors
 from scale_digrap.training.ranks import Ranks
 
@@ -182,6 +178,9 @@ class FsdpEngine(Ranks):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def close(self) -> None:
+        pass
+
     def finish_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give every trained parameter a gradient: the same set on every rank, whatever its batches held."""
         for parameter in parameters:
@@ -215,35 +214,16 @@ class FsdpEngine(Ranks):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def state_layout(self) -> dict[str, Any]:
-        return {"engine": "fsdp"}  # any number of ranks
+    def portable(self, optimizer: Optimizer) -> PortableState:
+        return PortableState(optimizer)
 
-    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        try:
-            dcp.save(_tensors(model, optimizer), checkpoint_id=folder)
-        except (CheckpointException, OSError) as error:  # CheckpointException is a BaseException
-            raise CheckpointError(f"cannot write {folder}: {short(error)}") from error
-
-    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        tensors = _tensors(model, optimizer)
-        try:
-            dcp.load(tensors, checkpoint_id=folder)
-        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"cannot read {folder}: {short(error)}") from error
-        set_model_state_dict(model, tensors["model"], options=_TRAINED_ONLY)
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_TRAINED_ONLY)
+    def weights_changed(self, model: nn.Module) -> None:
+        pass  # the optimizer steps the model's own parameters
 
     def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
         state: dict[str, Any] = get_model_state_dict(model, options=options)
         return state
-
-
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model, options=_TRAINED_ONLY),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
-    }
 
 
 def _units(model: Any, wrap: Sequence[str]) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.sharding.zero3 import full_numel
-from scale_digrap.training import checkpoint
+from scale_digrap.training.checkpoint import Checkpointer, save_final
 from scale_digrap.training.data import train_loader
 from scale_digrap.training.engine import Engine, TrainingError, create_engine
 from scale_digrap.training.loss import answer_loss, first_answer_position
@@ -99,16 +99,11 @@ def train(config: Config) -> TrainResult:
         anchored = capture_anchors(loaded, engine)
     scheduler = build_schedule(optimizer, config.schedule, total_steps)
 
-    folder = run_dir / "checkpoints"
-    start = 0
-    found = checkpoint.find(folder, config.checkpoint.resume)
-    engine.barrier()
-    if found is not None:
-        state = checkpoint.load(
-            found, engine=engine, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader
-        )
-        start = state.step
-    _announce(config, engine, loaded, loader, start, total_steps, found)
+    checkpoints = Checkpointer(
+        config, engine=engine, loaded=loaded, optimizer=optimizer, scheduler=scheduler, loader=loader
+    )
+    start = checkpoints.resume()
+    _announce(config, engine, loaded, loader, start, total_steps)
 
     result = TrainResult(
         model=model,
@@ -128,18 +123,11 @@ def train(config: Config) -> TrainResult:
         for step in range(start + 1, total_steps + 1):
             run.step(step, batches)
             scheduler.step()
+            checkpoints.poll()
             if config.checkpoint.every and step % config.checkpoint.every == 0:
-                checkpoint.save(
-                    folder,
-                    step=step,
-                    model=model,
-                    optimizer=optimizer,
-                    scheduler=scheduler,
-                    loader=loader,
-                    engine=engine,
-                    keep=config.checkpoint.keep,
-                )
+                checkpoints.save(step)
         engine.finish(forward)
+        checkpoints.close()
     result.seconds = time.perf_counter() - began
     result.bad_samples = loader.bad
     loader.close()
@@ -149,7 +137,7 @@ def train(config: Config) -> TrainResult:
     if start and (run_dir / "log.jsonl").is_file():
         result.history = read_log(run_dir / "log.jsonl")
     if config.checkpoint.save_final:
-        checkpoint.save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
+        save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
     return result
 
 
@@ -175,7 +163,6 @@ def _announce(
     loader: TrainLoader,
     start: int,
     total_steps: int,
-    resumed_from: Path | None,
 ) -> None:
     if engine.rank != 0:
         return
@@ -194,8 +181,8 @@ def _announce(
         loader.global_batch_size * accumulation,
         total_steps,
     )
-    if resumed_from is not None:
-        log.info("going on after step %d, from %s (checkpoint.resume=never starts afresh)", start, resumed_from)
+    if start:
+        log.info("going on after step %d (checkpoint.resume=never starts afresh)", start)
 
 
 class _Run:
@@ -299,7 +286,6 @@ class _Run:
             )
 
     def _log(self, number: int, grad_norm: float) -> None:
-            **{f"epochs_{name}": count for name, count in self.loader.epochs().items() if len(self.loader.names) > 1},
         # No barrier: these sums make the ranks wait for each other, so the time is that of the slowest.
         (loss,) = self.engine.sum([self.loss.item()])
         seconds = time.perf_counter() - self.since
@@ -313,6 +299,7 @@ class _Run:
             "data_wait_s": self.waited,
             "skipped_steps": self.result.skipped_steps,
             "bad_samples": self.loader.bad,
+            **{f"epochs_{name}": count for name, count in self.loader.epochs().items() if len(self.loader.names) > 1},
             "omega_mean": None,
             "conflict_rate": None,
             **(digrap_summary(self.optimizer) if self.stepped else {}),

@@ -25,9 +25,10 @@ from scale_digrap import deepspeed as sdds
 from scale_digrap.config import Config
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.portable import PortableState
 from scale_digrap.sharding import zero3
 from scale_digrap.sharding.zero import ZeroLayout, prove, read_table
-from scale_digrap.training.engine import CheckpointError, TrainingError, Update, short
+from scale_digrap.training.engine import TrainingError, Update
 from scale_digrap.training.optimizer import build_optimizer
 from scale_digrap.training.ranks import Ranks
 from scale_digrap.zero_config import deepspeed_json
@@ -70,15 +71,13 @@ class ZeroEngine(Ranks):
         else:
             loaded = load_model(config.model, **options)
         loaded.collator.always_image = True
-        if not train:
-            if self.stage == 3:
-                import deepspeed
+        if not train and self.stage == 3:
+            import deepspeed
 
-                self._engine, *_ = deepspeed.initialize(
-                    model=loaded.model, config=deepspeed_json(config, bf16=self.masters)
-                )
-            else:
-                loaded.model.to(self.device)
+            settings = deepspeed_json(config, bf16=self.masters)
+            self._engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)  # its hooks gather the weights
+        elif not train:
+            loaded.model.to(self.device)
         return loaded
 
     def _reads_into_shards(self, config: Config) -> bool:
@@ -140,26 +139,33 @@ class ZeroEngine(Ranks):
     def finish(self, model: nn.Module) -> None:
         pass  # every step ends with the updated parameters in place
 
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        wrapper, parameters = engine.optimizer, list(engine.module.parameters())
+        engine.destroy()
+        if self.stage == 3:
+            # Functions that it put on every parameter keep parameter, model and optimizer alive together, in cycles
+            # through autograd that Python's collector does not see: what takes memory goes by hand.
+            vars(wrapper).clear()
+            for parameter in parameters:
+                for tensor in (parameter, parameter.ds_tensor):
+                    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def state_layout(self) -> dict[str, Any]:
-        return {"engine": "deepspeed", "stage": self.stage, "precision": self.precision, "ranks": self.world_size}
+    def portable(self, optimizer: Optimizer) -> PortableState:
+        if isinstance(optimizer, AnchoredOptimizer) or self._engine.optimizer is optimizer:
+            return PortableState(optimizer)
+        table = read_table(self._engine)
+        names_of = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
+        names = [names_of[id(parameter)] for parameter in table.params]
+        prove(table, names)
+        return PortableState(optimizer, ZeroLayout(table, names, [False] * len(names), self._engine.optimizer))
 
-    def save_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        try:
-            self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot write {folder}: {short(error)}") from error
-
-    def load_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        try:
-            path, _ = self._engine.load_checkpoint(
-                str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-            )
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise CheckpointError(f"cannot read {folder}: {short(error)}") from error
-        if path is None:
-            raise CheckpointError(f"cannot read {folder}: DeepSpeed finds no files of its own in {folder / _TAG}")
+    def weights_changed(self, model: nn.Module) -> None:
+        sdds.refresh_model(self._engine)
 
     @torch.no_grad()
     def full_state(self, model: nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor]:
@@ -217,6 +223,11 @@ def _zero_init(settings: dict[str, Any]) -> Iterator[None]:
         del switch
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of every optimizer that is not its own; these are tested with it."""
+    return "ZeRO with an untested optimizer" not in record.getMessage()
+
+
 def _start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for the device, and hand it the process group that exists.
 
@@ -233,7 +244,9 @@ def _start_deepspeed(device: torch.device) -> None:
             f"DeepSpeed was started for {name!r} in this process, training.device means {device.type!r}: unset "
             f"DS_ACCELERATOR, or train in a process of its own"
         )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     # DeepSpeed calls torch's collectives by names that newer versions of torch replace.
     warnings.filterwarnings("ignore", message="`torch.distributed..*` is deprecated", category=FutureWarning)
     sdds.skip_cpu_communication_op()

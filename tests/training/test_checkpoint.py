@@ -1,15 +1,21 @@
-"""Checkpoints of two ranks: going on on two and on one, the final model, and what counts as a whole checkpoint."""
+"""Checkpoints of two ranks: going on on two, on one and in the other engine, damage, and what is kept."""
 
 import json
+import logging
+import os
+import random
+import shutil
 
 import pytest
 
 from scale_digrap.config import ModelConfig
 from scale_digrap.models import load_model
-from scale_digrap.training import checkpoint as checkpoints
+from scale_digrap.training import manifest
+from scale_digrap.training.engine import CheckpointError
 from tests.training import runs
 
 LORA = {"enabled": True, "rank": 2}
+ZERO = {"engine": "deepspeed", "zero": {"stage": 3}}
 
 
 @pytest.mark.distributed
@@ -35,6 +41,58 @@ def test_saved_on_two_ranks_goes_on_on_two_and_on_one(dist_pool, checkpoint, sha
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", ["adamw", "digrap"])
+def test_between_engines_and_ranks(dist_pool, checkpoint, shards, tmp_path, optimizer):
+    """FSDP2 on 2 → ZeRO-3 on 4 → one process → ZeRO-1 on 2, and back to FSDP2: the same run throughout."""
+    model, options = checkpoint("paligemma"), {"optimizer": {"name": optimizer, "weight_decay": 0.01}}
+    options["schedule"] = {"name": "constant"}
+    whole = runs.run(model, shards, tmp_path / "w", training={"steps": 6, "batch_size": 4}, **options)
+    legs = [
+        (2, 2, {}),
+        (4, 3, ZERO),
+        (1, 4, {}),
+        (2, 5, {"engine": "deepspeed", "zero": {"stage": 1}}),
+        (2, 6, {}),
+    ]
+    losses: list[float] = []
+    for world, until, sharding in legs:
+        leg = {
+            "training": {"steps": until, "batch_size": 4 // world},
+            "checkpoint": {"every": 1, "save_final": False, "resume": "auto"},
+            "sharding": sharding,
+            **options,
+        }
+        folder = tmp_path / "legs"
+        if world == 1:
+            result = runs.run(model, shards, folder, **leg)
+        else:
+            result = dist_pool(world).run(runs.run, model, shards, folder, **leg)[0]
+        losses = result["loss"]
+    assert len(losses) == 6, "the log goes on in the same file"
+    assert losses == pytest.approx(whole["loss"], rel=2e-4)
+    start = runs.initial(model)
+    tolerance = (2e-3 if optimizer == "digrap" else 1e-4) * runs.travelled(whole, start)
+    assert runs.distance(result["parameters"], whole["parameters"]) < tolerance
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", [{}, ZERO], ids=["fsdp", "zero3"])
+def test_in_the_background(dist_pool, checkpoint, shards, tmp_path, sharding):
+    """The snapshot is of its step, though the next ones run while it is written; resuming is bit-equal."""
+    model = checkpoint("llava")
+    saving = {"every": 1, "keep": 9, "background": True, "save_final": False}
+    options = {"optimizer": {"name": "digrap"}, "sharding": sharding, "training": {"steps": 4, "batch_size": 2}}
+    whole = dist_pool(2).run(runs.run, model, shards, tmp_path / "a", checkpoint=saving, **options)
+    folder = tmp_path / "a" / "checkpoints"
+    assert [step for step, _ in manifest.checkpoints(folder)] == [1, 2, 3, 4]
+    assert not any(manifest.problems(path) for _, path in manifest.checkpoints(folder))
+    middle = {"resume": str(folder / "step-2"), "save_final": False}
+    again = dist_pool(2).run(runs.run, model, shards, tmp_path / "b", checkpoint=middle, **options)
+    assert again[0]["loss"] == whole[0]["loss"][2:]
+    assert runs.distance(again[0]["parameters"], whole[0]["parameters"]) == 0
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("sections", [{}, {"lora": LORA}], ids=["full", "lora"])
 def test_final_model_of_two_ranks_loads_back_equal(dist_pool, checkpoint, shards, tmp_path, sections):
     final = {"save_final": True, "resume": "never"}
@@ -45,46 +103,199 @@ def test_final_model_of_two_ranks_loads_back_equal(dist_pool, checkpoint, shards
         assert runs.distance(ranks[0]["parameters"], dict(again.model.named_parameters())) == 0
 
 
-def fake(folder, name, *files):
-    (folder / name).mkdir(parents=True)
-    for file in files:
-        (folder / name / file).write_text("{}")
+# -- one process: damage, errors, what is kept -------------------------------------------------------------------------
+
+SAVING = {"every": 1, "keep": 9, "save_final": False, "resume": "auto"}
 
 
-def test_only_whole_checkpoints_count(tmp_path):
-    whole = (".metadata", "trainer.json")
-    fake(tmp_path, "step-2", *whole)
-    fake(tmp_path, "step-10", *whole)
-    fake(tmp_path, "step-12.tmp", *whole)
-    fake(tmp_path, "step-11", "trainer.json")
-    fake(tmp_path, "step-13", ".metadata")
-    assert [step for step, _ in checkpoints.completed(tmp_path)] == [2, 10]
-    assert checkpoints.find(tmp_path, "auto") == tmp_path / "step-10"
-    assert checkpoints.find(tmp_path, "never") is None
-    assert checkpoints.find(tmp_path / "none", "auto") is None
-    with pytest.raises(checkpoints.CheckpointError, match="no whole checkpoint"):
-        checkpoints.find(tmp_path, str(tmp_path / "step-11"))
+@pytest.fixture(scope="module")
+def two_steps(checkpoint, shards, tmp_path_factory):
+    """A run of two steps with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    go_on(checkpoint, shards, folder, steps=2)
+    return folder
 
 
-def test_checkpoints_of_another_optimizer_or_in_pieces_are_refused(checkpoint, shards, tmp_path):
-    model, saving = checkpoint("llava"), {"every": 2, "keep": 1, "save_final": False}
-    runs.run(model, shards, tmp_path, training={"steps": 2}, checkpoint=saving)
-    on = {"resume": "auto", "save_final": False}
-    with pytest.raises(checkpoints.CheckpointError, match=r"with AdamW, this run uses DiGraP.*resume=never"):
-        runs.run(model, shards, tmp_path, training={"steps": 4}, checkpoint=on, optimizer={"name": "digrap"})
-    folder = tmp_path / "checkpoints" / "step-2"
-    data = next(folder.glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(checkpoints.CheckpointError, match=r"cannot read .*step-2"):
-        runs.run(model, shards, tmp_path, training={"steps": 4}, checkpoint=on)
+@pytest.fixture
+def copy(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    return tmp_path / "run"
 
 
-def test_the_newest_are_kept_and_leftovers_of_a_kill_are_replaced(checkpoint, shards, tmp_path):
-    folder = tmp_path / "checkpoints"
-    fake(folder, "step-2.tmp", "rubbish")
-    saving = {"every": 1, "keep": 2, "save_final": False}
-    runs.run(checkpoint("llava"), shards, tmp_path, training={"steps": 4}, checkpoint=saving)
-    assert runs.read_dir(folder) == ["step-3", "step-4"]
-    state = json.loads((folder / "step-4" / "trainer.json").read_text())
-    assert state["step"] == 4
-    assert state["loader"]["consumed"] == 4 * 8
+def go_on(checkpoints, shards, folder, steps=3, model="llava", **options):
+    sections = {"optimizer": {"name": "digrap"}, "training": {"steps": steps}, "checkpoint": SAVING, **options}
+    sections["schedule"] = {"name": "constant"}  # that of a run of other length would be another
+    return runs.run(model if "/" in model else checkpoints(model), shards, folder, **sections)
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(two_steps, tmp_path):
+    path = tmp_path / "step-2"
+    shutil.copytree(two_steps / "checkpoints" / "step-2", path)
+    assert manifest.problems(path) == []
+    files = [file for file in path.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
+    chance = random.Random(0)
+    # As often in a small file as in a large one: the small ones say what the large ones mean.
+    places = [(file, chance.randrange(size)) for file, size in zip(files, sizes, strict=True) for _ in range(20)]
+    places += [(file, chance.randrange(file.stat().st_size)) for file in chance.choices(files, weights=sizes, k=200)]
+    for file, place in places:
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(damaged)
+        assert manifest.problems(path), f"a flipped bit at byte {place} of {file.name} was not seen"
+        file.write_bytes(whole)
+    for file, size in zip(files, sizes, strict=True):
+        whole = file.read_bytes()
+        for length in {0, 1, size // 2, size - 1, chance.randrange(size)} - {size}:
+            file.write_bytes(whole[:length])
+            assert manifest.problems(path), f"{file.name} cut to {length} bytes was not seen"
+        file.unlink()
+        assert manifest.problems(path), f"{file.name} is gone, and was not missed"
+        file.write_bytes(whole)
+    (path / "state" / "__1_0.distcp").write_bytes(b"of another save")
+    assert "state/__1_0.distcp is not in manifest.json" in manifest.problems(path)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(checkpoint, shards, copy, caplog):
+    straight = go_on(checkpoint, shards, copy.parent / "straight")
+    data = next((copy / "checkpoints" / "step-2" / "state").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"not whole: .*step-2: state/__0_0.distcp has \d+ bytes, \d+ were"):
+        go_on(checkpoint, shards, copy, checkpoint={**SAVING, "on_damage": "refuse"})
+    with caplog.at_level(logging.WARNING):
+        result = go_on(checkpoint, shards, copy)
+    assert "an older one is used" in caplog.text
+    assert "step-2" in caplog.text
+    assert result["loss"] == straight["loss"], "steps 2 and 3 were taken again"
+    assert manifest.problems(copy / "checkpoints" / "step-2") == [], "and the damaged one was replaced"
+
+
+def test_nothing_whole_is_an_error_not_a_fresh_start(checkpoint, shards, copy):
+    for _, path in manifest.checkpoints(copy / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints .* is whole.*resume=never"):
+        go_on(checkpoint, shards, copy)
+
+
+def test_leftovers_of_a_kill(checkpoint, shards, copy):
+    """Killed while writing, and between the two renames of a replacement."""
+    folder = copy / "checkpoints"
+    (folder / "step-3.tmp" / "state").mkdir(parents=True)
+    (folder / "step-2").rename(folder / "step-2.old")
+    result = go_on(checkpoint, shards, copy, steps=2)
+    assert len(result["loss"]) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-1", "step-2"]
+
+
+def test_other_optimizer_other_model_other_base(checkpoint, shards, copy):
+    with pytest.raises(CheckpointError, match=r"with DiGraP, this run uses AdamW.*resume=never"):
+        go_on(checkpoint, shards, copy, optimizer={"name": "adamw"})
+    with pytest.raises(CheckpointError, match=r"lacks layer .*resume=never"):
+        go_on(checkpoint, shards, copy, model="paligemma")
+    before = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    other = copy.parent / "other"
+    shutil.copytree(checkpoint("llava"), other)
+    change_one_weight(other)
+    go_on(checkpoint, shards, copy, steps=2, model=str(other))  # anchors and all weights are in the checkpoint
+    thin = copy.parent / "thin"
+    go_on(checkpoint, shards, thin, steps=2, checkpoint={**SAVING, "anchors": False})
+    stored = (thin / "checkpoints" / "step-2" / "state").rglob("*")
+    assert sum(file.stat().st_size for file in stored) < sum(
+        file.stat().st_size for file in (copy / "checkpoints" / "step-2" / "state").rglob("*")
+    )
+    with pytest.raises(CheckpointError, match=r"leaves out its anchors.*other weights now"):
+        go_on(checkpoint, shards, thin, model=str(other))
+    straight = go_on(checkpoint, shards, copy.parent / "straight")
+    assert go_on(checkpoint, shards, thin)["loss"] == straight["loss"]
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == before
+
+
+def change_one_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(name for name in weights if weights[name].is_floating_point())[0]
+    weights[name].view(-1)[0] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_frozen_weights_of_another_base_are_refused(checkpoint, shards, tmp_path):
+    lora = {"lora": {**LORA, "dropout": 0.0}}
+    go_on(checkpoint, shards, tmp_path / "run", steps=1, **lora)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint("llava"), other)
+    change_one_weight(other)
+    with pytest.raises(CheckpointError, match="leaves out its frozen weights"):
+        go_on(checkpoint, shards, tmp_path / "run", model=str(other), **lora)
+
+
+def test_what_is_kept(checkpoint, shards, tmp_path):
+    saving = {"every": 1, "keep": 2, "keep_every": 3, "save_final": False}
+    runs.run(checkpoint("llava"), shards, tmp_path, training={"steps": 8}, checkpoint=saving)
+    assert runs.read_dir(tmp_path / "checkpoints") == ["latest", "step-3", "step-6", "step-7", "step-8"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-8\n"
+    state = json.loads((tmp_path / "checkpoints" / "step-8" / "trainer.json").read_text())
+    assert state["step"] == 8
+    assert state["loader"]["consumed"] == 8 * 8
+    assert state["versions"]["torch"]
+
+
+def test_changed_settings_count_and_are_told(checkpoint, shards, copy, caplog):
+    with caplog.at_level(logging.WARNING):
+        go_on(checkpoint, shards, copy, optimizer={"name": "digrap", "lr": 1e-5})
+    assert "optimizer.lr" in caplog.text
+    log = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 3
+    assert log[-1]["lr"] <= 1e-5
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_cannot_be_written(checkpoint, shards, copy, monkeypatch, caplog, background):
+    """The older checkpoints stay; the run stops, or goes on and counts, as configured."""
+    from scale_digrap.training import checkpoint as module
+
+    real = module.dcp.save
+
+    def full(state, checkpoint_id=None, **more):
+        if "step-3" in str(checkpoint_id):
+            raise OSError(28, "No space left on device", str(checkpoint_id))
+        return real(state, checkpoint_id=checkpoint_id, **more)
+
+    monkeypatch.setattr(module.dcp, "save", full)
+    saving = {**SAVING, "background": background}
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-3: rank 0: No space left on device"):
+        go_on(checkpoint, shards, copy, checkpoint=saving)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["latest", "step-1", "step-2"]
+    with caplog.at_level(logging.WARNING):
+        go_on(checkpoint, shards, copy, steps=4, checkpoint={**saving, "on_error": "continue"})
+    assert "training goes on (1 so far)" in caplog.text
+    assert [step for step, _ in manifest.checkpoints(copy / "checkpoints")] == [1, 2, 4]
+    assert all(not manifest.problems(path) for _, path in manifest.checkpoints(copy / "checkpoints"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_file_system(checkpoint, shards, tmp_path):
+    """A real one, of two megabytes, where the third checkpoint does not fit."""
+    import subprocess
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = run_size(checkpoint, shards, tmp_path / "measured")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-3.*(No space left|write|space)"):
+            go_on(checkpoint, shards, folder, steps=4)
+        found = manifest.checkpoints(folder / "checkpoints")
+        assert [step for step, _ in found] == [1, 2]
+        assert all(not manifest.problems(path) for _, path in found)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def run_size(checkpoint, shards, folder):
+    go_on(checkpoint, shards, folder, steps=1)
+    return sum(file.stat().st_size for file in (folder / "checkpoints" / "step-1").rglob("*") if file.is_file())
