@@ -74,6 +74,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         self.faults = FaultPolicy() if faults is None else faults
         self.class_question = class_question
         self.urls = self.store.expand(urls)
+        self._names = [show(url) for url in self.urls]
         self.remote = not all(is_local(url) for url in self.urls)
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
@@ -119,7 +120,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
 
     def name(self, shard: int) -> str:
         """Path or URL of a shard, for messages."""
-        return show(self.urls[shard])
+        return self._names[shard]
 
     def key(self, shard: int, number: int) -> str:
         """The key of sample ``number`` of a shard."""
