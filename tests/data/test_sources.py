@@ -16,7 +16,7 @@ from scale_digrap.data.dataset import ShardDataset
 from scale_digrap.data.shards import ShardWriteError
 from scale_digrap.data.sources.labelled import read_image_folder, read_image_lists
 from scale_digrap.data.sources.lavis import read_lavis
-from scale_digrap.data.sources.records import unique_keys
+from scale_digrap.data.sources.records import Question, to_records, unique_keys
 from scale_digrap.data.sources.vqa import read_vqa
 from scale_digrap.data.writing import write_source
 from scale_digrap.data.written import WriteOptions
@@ -66,6 +66,22 @@ def test_grouped_records_are_the_same_samples_with_one_copy_of_each_picture(tmp_
         }
 
     assert facts(grouped) == facts(single)
+
+
+def test_a_group_shares_only_what_all_its_questions_have():
+    def question(number, **extra):
+        content = {"question": f"q{number}?", "answers": ["a"], "question_id": str(number), **extra}
+        return Question(str(number), ("x/p.jpg",), content)
+
+    equal, other = {"image_id": 7, "coco_split": "train2014"}, {"image_id": 7, "coco_split": "val2014"}
+    for members, common in (([equal, equal], equal), ([equal, other], {"image_id": 7}), ([equal, {}], {})):
+        questions = [question(number, **extra) for number, extra in enumerate(members)]
+        (record,) = to_records(questions, grouped=True, shared=("image_id", "coco_split"))
+        content = json.loads(record.json)
+        asked = content.pop("questions")
+        assert content == common
+        assert [{**one, **content} for one in asked] == [one.content for one in questions]
+        assert (record.key, record.samples) == ("p", 2)
 
 
 def test_vqa_cp_names_the_subset_in_every_entry_and_images_may_lie_flat(tmp_path):
