@@ -1,4 +1,4 @@
-"""The command line: ``scale-digrap train | quickstart | shards``.
+"""The command line: ``scale-digrap train | quickstart | shards | checkpoint | export``.
 
 A subcommand imports what it needs when it runs, so that ``--help`` answers at once. Errors of the package's own are one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scale_digrap import __version__
-from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.errors import RunStopped, ScaleDigrapError
 
 _GRACE_S = 3.0
 TRAIN_EXAMPLES = """\
@@ -28,14 +28,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, or 2 for an error that the user can put right."""
+    """Run a command line; returns the exit status.
+
+    0: done. 2: an error that the user can put right. Of ``train``, docs/training.md: 75 stopped as asked to, go on with
+    the same command; 3 nothing but bad steps; 4 the ranks disagree; 5 a rank was lost. 130: interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         parsed = _parser(arguments).parse_args(arguments)
         return int(parsed.run(parsed) or 0)
     except ScaleDigrapError as error:
         _report(error)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -70,6 +74,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     shards = commands.add_parser("shards", help="write, check, describe and repair data sets of webdataset tar shards")
     _shards_arguments(shards, arguments)
+
+    checkpoint = commands.add_parser("checkpoint", help="list, verify and show a run's checkpoints")
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face model or adapter, mixed with its base where asked (WiSE-FT)",
+    )
+    _checkpoint_arguments(checkpoint, export, arguments)
     return parser
 
 
@@ -101,6 +112,18 @@ def _shards_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str])
     easy.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
     easy.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
     easy.set_defaults(run=_write_easy_vqa)
+
+
+def _checkpoint_arguments(
+    checkpoint: argparse.ArgumentParser, export: argparse.ArgumentParser, arguments: Sequence[str]
+) -> None:
+    """The actions on checkpoints, imported only when they are asked for."""
+    if arguments[:1] not in (["checkpoint"], ["export"]):
+        return
+    from scale_digrap import checkpoint_commands
+
+    checkpoint_commands.add_checkpoint_arguments(checkpoint)
+    checkpoint_commands.add_export_arguments(export)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -135,6 +158,10 @@ def _report(error: ScaleDigrapError) -> None:
     """One line on stderr. Ranks mostly fail alike, and one voice is enough: the others wait, and if rank 0 fails too,
     torchrun ends them before they speak. An error of one rank alone is told by that rank."""
     rank = _rank()
+    if isinstance(error, RunStopped):
+        if rank == 0:
+            print(f"scale-digrap: {error}", file=sys.stderr, flush=True)
+        return
     if rank:
         time.sleep(_GRACE_S)
     where = f" on rank {rank}" if rank else ""

@@ -83,6 +83,20 @@ def check_alpha(alpha: float) -> float:
     return float(alpha)
 
 
+def lora_factor(name: str) -> str | None:
+    """``A`` or ``B`` for the name of a LoRA factor, None for any other parameter.
+
+    Raises:
+        WiseError: a parameter of DoRA.
+    """
+    parts = name.split(".")
+    if "lora_magnitude_vector" in parts:
+        raise WiseError(f"{name}: a DoRA adapter is not linear in B; WiSE-FT is defined here for LoRA and full weights")
+    if any(part in _LORA_A for part in parts):
+        return "A"
+    return "B" if any(part in _LORA_B for part in parts) else None
+
+
 @contextmanager
 def interpolate(
     model: nn.Module, alpha: float, anchors: Mapping[str, Tensor] | None = None, *, new_layers: Collection[str] = ()
@@ -109,14 +123,10 @@ def interpolate(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or name in new_layers:
             continue
-        parts = name.split(".")
-        if "lora_magnitude_vector" in parts:
-            raise WiseError(
-                f"{name}: a DoRA adapter is not linear in B; WiSE-FT is defined here for LoRA and full weights"
-            )
-        if any(part in _LORA_A for part in parts):
+        factor = lora_factor(name)
+        if factor == "A":
             continue
-        if any(part in _LORA_B for part in parts):
+        if factor == "B":
             mixed.append((local(parameter), None))
         elif name in anchors:
             mixed.append((local(parameter), local_anchor(name, parameter, anchors[name])))

@@ -121,7 +121,7 @@ def load_model(
         SelectionError: a pattern without a match.
     """
     path = resolve_path(config.path)
-    adapter = _adapter_base(path)
+    adapter = adapter_base(path)
     name = adapter or config.path
     base = resolve_path(name)
     use_lora = (lora is not None and lora.enabled) or adapter is not None
@@ -136,7 +136,7 @@ def load_model(
                 )
             model = _load_adapter(model, path)
         elif use_lora:
-            model = _add_adapters(model, lora)  # type: ignore[arg-type]
+            model = add_adapters(model, lora)  # type: ignore[arg-type]
     new_layers = _new_layers(model, config, missing)
     if config.freeze:
         freeze(model, config.freeze)
@@ -186,7 +186,8 @@ def _new_layers(model: nn.Module, config: ModelConfig, missing: set[str]) -> set
     return chosen
 
 
-def _add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
+def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    """Put a configuration's adapters into a model, which may be on the meta device."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
@@ -205,7 +206,7 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     return get_peft_model(model, peft_config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
 
 
-def _adapter_base(path: str) -> str | None:
+def adapter_base(path: str) -> str | None:
     """The base checkpoint of a saved adapter folder; None where ``path`` is no such folder."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file():

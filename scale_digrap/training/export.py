@@ -1,0 +1,378 @@
+"""A checkpoint → a standard Hugging Face folder or a peft adapter, in one process, tensor by tensor.
+
+No more than one file of the result (``max_shard_size``) is in memory at a time, and an adapter, which is one file. What
+was not trained, and pre-trained values that the checkpoint leaves out, come from the base checkpoint, which is mapped
+into memory where its files have one dtype, and whose fingerprint must be that of the run's beginning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers.utils import cached_file
+
+from scale_digrap.config import CHOICES, Config, config_from_dict
+from scale_digrap.evaluation.wise import check_alpha, lora_factor
+from scale_digrap.models.loading import (
+    PRECISION_DTYPE,
+    ModelLoadError,
+    adapter_base,
+    add_adapters,
+    load_processor,
+    quiet,
+    resolve_path,
+    template_of,
+)
+from scale_digrap.models.select import match_names
+from scale_digrap.training import run_folder
+from scale_digrap.training.checkpoint import META, STATE, RunState
+from scale_digrap.training.deferred import Deferred
+from scale_digrap.training.engine import CheckpointError, short
+from scale_digrap.training.fingerprint import weights_fingerprint
+from scale_digrap.training.stored import BUFFER, StoredState
+
+PARAM, ANCHOR = "param", "anchor"
+_PEFT_PREFIX = "base_model.model."
+_PEFT_PARTS = (".base_layer", ".original_module", ".modules_to_save.default")
+
+
+class ExportError(CheckpointError):
+    """An export that cannot be done as asked; nothing is left at the target."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` wrote.
+
+    Attributes:
+        folder: where.
+        step: of the checkpoint.
+        adapter: a peft adapter; else a whole model.
+        dtype: of its floating-point tensors.
+        files: its safetensors files, by name.
+        bytes: of these files together.
+        mixed: tensors that WiSE-FT has mixed.
+    """
+
+    folder: Path
+    step: int
+    adapter: bool
+    dtype: str
+    files: list[str]
+    bytes: int
+    mixed: int
+
+
+def export(
+    run: str | Path,
+    target: str | Path,
+    *,
+    step: int | None = None,
+    wise: float | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+    max_shard_size: int = 4 * 2**30,
+) -> Exported:
+    """Write a run's checkpoint as what ``from_pretrained`` loads, with the processor and the prompt template.
+
+    Args:
+        run: the run's folder; the checkpoint may be of either engine and of any number of ranks.
+        target: folder to create.
+        step: which checkpoint; the newest by default. Its checksums are verified first.
+        wise: α of WiSE-FT (Wortsman et al., CVPR 2022): θ = (1 − α) θ0 + α θ_ft, ΔW → αΔW for LoRA, whose B is scaled.
+            θ0 are the checkpoint's anchors or, where it holds none, the base's weights. New layers stay as trained.
+        dtype: ``float32`` or ``bfloat16``, of a whole model; by default the run's ``checkpoint.final_dtype``. Adapters
+            are float32.
+        base: path of the base checkpoint, in place of the run's ``model.path``.
+        max_shard_size: bytes of one safetensors file of a whole model; a larger tensor has a file of its own.
+
+    Raises:
+        RunFolderError: no such checkpoint, or a damaged one.
+        CheckpointError: a checkpoint of another version or another model; a base with other weights than the run began
+            with; a target that exists.
+        ModelLoadError: the base cannot be loaded.
+        WiseError: an α outside [0, 1], a DoRA adapter.
+    """
+    target = Path(target)
+    if wise is not None:
+        wise = check_alpha(wise)
+    if target.exists():
+        raise ExportError(f"{target} exists: remove it, or name another folder")
+    path = run_folder.whole(run, step)
+    meta = read_meta(path)
+    config = config_from_dict(meta.config)
+    if base is not None:
+        config.model.path = base
+    writer = _AdapterWriter if _is_adapter(config) else _ModelWriter
+    writing = writer(path, meta, config, wise, dtype)
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        writing.write(partial, max_shard_size)
+        load_processor(replace(config.model, path=writing.base.path)).save_pretrained(partial)
+        origin = {"step": meta.step, "wise": wise, "optimizer": meta.optimizer}
+        write_template(partial, template_of(config.model).to_dict(), writing.base.name, origin)
+        partial.rename(target)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {short(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    files = sorted(target.glob("*.safetensors"))
+    return Exported(
+        folder=target,
+        step=meta.step,
+        adapter=isinstance(writing, _AdapterWriter),
+        dtype=writing.dtype,
+        files=[file.name for file in files],
+        bytes=sum(file.stat().st_size for file in files),
+        mixed=len(writing.mixed),
+    )
+
+
+def read_meta(path: Path) -> RunState:
+    """A checkpoint's ``trainer.json``.
+
+    Raises:
+        CheckpointError: not there, or of another version.
+    """
+    try:
+        return RunState(**json.loads((path / META).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path / META}: {short(error)}") from None
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
+
+
+def write_template(folder: Path, template: dict[str, Any], base: str, origin: dict[str, Any] | None = None) -> None:
+    """Write ``scale_digrap.json``: the prompt that the model was trained on, its base, and where it comes from."""
+    record = {"prompt_template": template, "base": base, **({"checkpoint": origin} if origin else {})}
+    (folder / "scale_digrap.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_adapter(config: Config) -> bool:
+    return config.lora.enabled or adapter_base(resolve_path(config.model.path)) is not None
+
+
+class _Base:
+    """The base checkpoint's weights, loaded when they are first asked for.
+
+    Args:
+        name: path of the base as the run named it.
+        config: the run's.
+        trained_from: the dtype in which the run loaded them: what is wider was rounded to it.
+    """
+
+    def __init__(self, name: str, config: Config, trained_from: torch.dtype) -> None:
+        self.name, self.path, self.revision = name, resolve_path(name), config.model.revision
+        self.trained_from = trained_from
+        self.expected: Callable[[dict[str, Tensor]], None] = lambda tensors: None
+        """Called with the weights before any of them is used; raises where they are not the right ones."""
+
+    def skeleton(self, dtype: torch.dtype) -> Any:
+        """The architecture without memory."""
+        try:
+            with quiet(), torch.device("meta"):
+                config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+                model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"cannot read the architecture of {self.path!r}: {short(error)}") from error
+        with contextlib.suppress(OSError):  # without one of its own, that of the model's configuration stays
+            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+        return model
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """State dict of the base, in the dtype of its files."""
+        dtype = self._file_dtype() or self.trained_from
+        try:
+            with quiet():
+                model = AutoModelForImageTextToText.from_pretrained(self.path, revision=self.revision, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"cannot load a model from {self.path!r}: {short(error)}") from error
+        tensors = {name: value.detach() for name, value in model.state_dict().items()}
+        self.expected(tensors)
+        return tensors
+
+    def value(self, name: str) -> Tensor:
+        """A weight as the run saw it; float32 where it is floating-point."""
+        value = self.tensors[name]
+        return value.to(self.trained_from).float() if value.is_floating_point() else value
+
+    def _file_dtype(self) -> torch.dtype | None:
+        """The one floating-point dtype of the base's files; None where it has several or other files."""
+        try:
+            config = cached_file(self.path, "config.json", revision=self.revision)
+        except OSError:
+            return None
+        found = set()
+        for file in Path(str(config)).parent.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+        names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        floats = {names[name] for name in found if name in names}
+        return floats.pop() if len(floats) == 1 else None
+
+
+class _Writer:
+    """What is common to whole models and adapters: where a value comes from, and how it is mixed."""
+
+    skeleton: Any
+
+    def __init__(self, path: Path, meta: RunState, config: Config, wise: float | None, dtype: str | None) -> None:
+        if dtype is not None and dtype not in CHOICES["checkpoint.final_dtype"]:
+            raise ExportError(f"dtype must be one of {', '.join(CHOICES['checkpoint.final_dtype'])}, got {dtype!r}")
+        self.path, self.meta, self.config, self.wise = path, meta, config, wise
+        self.state = StoredState(path / STATE)
+        self.dtype = dtype or config.checkpoint.final_dtype
+        self.mixed: set[str] = set()
+        adapter = adapter_base(resolve_path(config.model.path))
+        masters = config.sharding.engine == "deepspeed" and not _is_adapter(config)
+        rounded = config.training.precision == "bf16" and (masters or _is_adapter(config))
+        self.base = _Base(
+            adapter or config.model.path, config, PRECISION_DTYPE["bf16"] if rounded else PRECISION_DTYPE["fp32"]
+        )
+        self.base.expected = self._check_base
+
+    def write(self, folder: Path, max_shard_size: int) -> None:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Compare the checkpoint's layers with the architecture's, before anything is written."""
+        shapes = {name: parameter.shape for name, parameter in self.skeleton.named_parameters()}
+        for name in self.state.layers():
+            size = self.state.tensors[f"{PARAM}.{name}"].size.numel()
+            if name not in shapes:
+                raise CheckpointError(
+                    f"{self.path} holds a layer {name!r} that {self.base.name!r} does not have: it is a checkpoint of "
+                    "another model, name its base"
+                )
+            if shapes[name].numel() != size:
+                raise CheckpointError(
+                    f"{self.path}: layer {name!r} has {size} elements, in {self.base.name!r} its shape is "
+                    f"{tuple(shapes[name])}: it is a checkpoint of another model, name its base"
+                )
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        self.new_layers = set(match_names(self.config.model.new_layers, names, key="model.new_layers"))
+
+    def trained(self, name: str, shape: torch.Size) -> Tensor:
+        """The trained value of a layer, mixed where WiSE-FT is asked for; float32."""
+        value = self.state.read(f"{PARAM}.{name}").float().view(shape)
+        if self.wise is None or name in self.new_layers or (factor := lora_factor(name)) == "A":
+            return value
+        self.mixed.add(name)
+        if factor == "B":
+            return value * self.wise
+        return torch.lerp(self.pretrained(name).view(shape), value, self.wise)  # exact at 0 and at 1
+
+    def pretrained(self, name: str) -> Tensor:
+        """The value with which the run began; float32."""
+        if f"{ANCHOR}.{name}" in self.state.tensors:
+            return self.state.read(f"{ANCHOR}.{name}").float()
+        return self.base.value(base_name(name))
+
+    def _check_base(self, tensors: dict[str, Tensor]) -> None:
+        """What the run began with, against what is there now."""
+        own = {name for name, _ in self.skeleton.named_parameters() if name in self.new_layers}
+        own |= {name for name in self.state.layers() if "lora_" in name}
+        named = (
+            (name, tensors[base_name(name)])
+            for name, _ in self.skeleton.named_parameters()
+            if name not in own and base_name(name) in tensors
+        )
+        if weights_fingerprint(named) != self.meta.base:
+            raise CheckpointError(
+                f"{self.path} leaves out weights that are those of the base model, and {self.base.name!r} has other "
+                "weights than the run began with: name the base that it began with (--base)"
+            )
+
+
+class _ModelWriter(_Writer):
+    """Full fine-tuning: every tensor of the architecture."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.skeleton = self.base.skeleton(getattr(torch, self.dtype))
+        self.check()
+
+    def write(self, folder: Path, max_shard_size: int) -> None:
+        tensors = self.skeleton.state_dict(keep_vars=True)
+        stored = set(self.state.layers())
+        # Tied weights are one parameter with two names, and trained under one of them.
+        source = {id(value): name for name, value in tensors.items() if name in stored}
+        state = {name: self._deferred(name, value, source.get(id(value))) for name, value in tensors.items()}
+        with quiet():
+            self.skeleton.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+    def _deferred(self, name: str, like: Tensor, layer: str | None) -> Deferred:
+        target = getattr(torch, self.dtype)
+
+        def read() -> Tensor:
+            if layer is not None:
+                value = self.trained(layer, like.shape)
+            elif f"{BUFFER}.{name}" in self.state.tensors:
+                value = self.state.read(f"{BUFFER}.{name}")
+            else:
+                value = self.base.value(name)
+            value = value.view(like.shape)
+            return value.to(target) if value.is_floating_point() else value
+
+        shape = torch.empty(like.shape, dtype=target if like.is_floating_point() else like.dtype, device="meta")
+        return Deferred(shape, read)
+
+
+class _AdapterWriter(_Writer):
+    """LoRA factors, and modules trained in full beside them."""
+
+    def __init__(self, path: Path, meta: RunState, config: Config, wise: float | None, dtype: str | None) -> None:
+        if dtype not in (None, "float32"):
+            raise ExportError(f"dtype={dtype}: adapters are float32; the option is for whole models")
+        super().__init__(path, meta, config, wise, "float32")
+        model = self.base.skeleton(torch.float32)
+        folder = resolve_path(config.model.path)
+        if adapter_base(folder) is None:
+            self.skeleton = add_adapters(model, config.lora)
+        else:
+            from peft import PeftConfig, get_peft_model
+
+            settings = PeftConfig.from_pretrained(folder)
+            settings.inference_mode = False
+            self.skeleton = get_peft_model(model, settings)
+        self.continued = adapter_base(folder) is not None
+        self.check()
+
+    def write(self, folder: Path, max_shard_size: int) -> None:
+        shapes = {name: parameter.shape for name, parameter in self.skeleton.named_parameters()}
+        state = {name: self.trained(name, shapes[name]) for name in self.state.layers()}
+        self.skeleton.peft_config["default"].base_model_name_or_path = self.base.name
+        self.skeleton.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+    def pretrained(self, name: str) -> Tensor:
+        if self.continued and f"{ANCHOR}.{name}" not in self.state.tensors:
+            raise ExportError(
+                f"{self.path} has no anchor of {name!r}, which began with the value of the adapter "
+                f"{self.config.model.path!r} and not of the base: WiSE-FT needs the anchors in the checkpoint"
+            )
+        return super().pretrained(name)
+
+
+def base_name(name: str) -> str:
+    """The base model's name of a parameter that peft has wrapped; other names as they are."""
+    if not name.startswith(_PEFT_PREFIX):
+        return name
+    name = name.removeprefix(_PEFT_PREFIX)
+    for part in _PEFT_PARTS:
+        name = name.replace(part + ".", ".")
+    return name
