@@ -73,6 +73,7 @@ class Worker:
         results = self._evaluate(loaded.model, loaded.collator, seconds)
         self._write(MethodRun(method=ZERO_SHOT.key, seed=self.settings.seeds[0], suites=results, seconds=seconds))
         self._tell(ZERO_SHOT.label, results, seconds)
+        self.engine.close()
 
     def _method(self, method: str, seed: int) -> None:
         config = self._config(method, seed)
@@ -99,6 +100,7 @@ class Worker:
             results = self._evaluate(model, result.collator, seconds)
         self._write(MethodRun(method=mixture.key, seed=seed, suites=results, seconds=seconds))
         self._tell(f"seed {seed} · {mixture.label}", results, seconds)
+        result.engine.close()
         del result, model, anchors
         gc.collect()  # the model and its optimizer refer to each other: the next run should not need room for both
 

@@ -94,6 +94,10 @@ class Engine(Protocol):
         """After the last step: whoever reads or evaluates the model next must see the last update."""
         ...
 
+    def close(self) -> None:
+        """Model and optimizer are not needed any more: free them. DeepSpeed's hooks would keep them for ever."""
+        ...
+
     def portable(self, optimizer: Optimizer) -> PortableState:
         """Trained weights and optimizer state, layer by layer, for a checkpoint that any engine reads. Collective."""
         ...

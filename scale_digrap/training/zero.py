@@ -145,6 +145,7 @@ class ZeroEngine(Ranks):
             return
         wrapper, parameters = engine.optimizer, list(engine.module.parameters())
         engine.destroy()
+        engine.optimizer = engine.basic_optimizer = engine.client_optimizer = None
         if self.stage == 3:
             # Functions that it put on every parameter keep parameter, model and optimizer alive together, in cycles
             # through autograd that Python's collector does not see: what takes memory goes by hand.
