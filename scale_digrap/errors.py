@@ -3,3 +3,12 @@
 
 class ScaleDigrapError(Exception):
     """Something the user can put right: the message names the thing, its value and the fix."""
+
+    exit_status = 2
+    """What the command line ends with."""
+
+
+class RunStopped(ScaleDigrapError):  # noqa: N818 (what was asked for is no error)
+    """A run that ended early because it was asked to, with a checkpoint: the same command goes on from there."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again

@@ -114,6 +114,8 @@ class TrainLoader:
         """Bad samples of all ranks together, as far as they have been added up."""
         self.samples = len(self.plan)
         """Samples in an epoch."""
+        self.batch_samples: list[tuple[str, str]] = []
+        """(shard, key) of every sample of the batch that was handed out last, substitutes as what they are."""
         per_node = dp_world_size // nodes
         # Hosts take turns in the stream as lanes do, so that a host's positions lie in its own lanes.
         slot = (dp_rank % per_node) * nodes + dp_rank // per_node
@@ -262,6 +264,7 @@ class TrainLoader:
             yield fetched.batch
 
     def _receive(self, fetched: Fetched) -> None:
+        self.batch_samples = fetched.samples
         self._log.write(fetched.bad)
         if fetched.bad:
             self._new_bad += len(fetched.bad)
@@ -334,10 +337,12 @@ class _Training:
 
     def fetch(self, items: list[_Place]) -> Fetched:
         bad: list[BadSample] = []
-        samples = [self._sample(place, bad) for place in items]
-        return Fetched(self._collate(samples), bad)
+        shards, samples = zip(*[self._sample(place, bad) for place in items], strict=True)
+        keys = [(shard, sample.key) for shard, sample in zip(shards, samples, strict=True)]
+        return Fetched(self._collate(list(samples)), bad, keys)
 
-    def _sample(self, place: _Place, bad: list[BadSample]) -> VqaSample:
+    def _sample(self, place: _Place, bad: list[BadSample]) -> tuple[str, VqaSample]:
+        """Its shard's name and the sample."""
         data, plan = self._datasets[place.source], self._plan.plans[place.source]
         shard, number = place.shard, place.number
         reason = ""
@@ -350,7 +355,7 @@ class _Training:
                 shard, number = plan.substitute(place.position, place.shard, attempt)
                 continue
             sample.seed = sample_seed(self._seed, place.position)
-            return sample
+            return data.name(shard), sample
         raise DataError(
             f"position {place.position}: {self._faults.max_attempts} substitutes in a row could not be decoded either. "
             f"The last: {reason}. Check the shards with `scale-digrap shards validate --decode`"

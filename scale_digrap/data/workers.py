@@ -29,10 +29,12 @@ _STALLED = re.compile(r"DataLoader timed out")
 
 @dataclass
 class Fetched:
-    """What comes back for one list of places: a batch or the error that there is none, and the bad samples met."""
+    """What comes back for one list of places: a batch or the error that there is none, the bad samples met, and
+    (shard, key) of every sample of the batch."""
 
     batch: Any = None
     bad: list[BadSample] = field(default_factory=list)
+    samples: list[tuple[str, str]] = field(default_factory=list)
     error: ScaleDigrapError | None = None
 
     def pin_memory(self) -> Fetched:
@@ -86,6 +88,10 @@ class Feeder(Generic[Item]):
         end = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
         if end is not None:
             end()
+            # It asks with a signal that the trainer's own handler, inherited by a fork, ignores.
+            for process in loader._iterator._workers:  # type: ignore[union-attr]
+                if process.is_alive():
+                    process.kill()
 
     def __del__(self) -> None:
         if getattr(self, "_loader", None) is not None and self._process == os.getpid():

@@ -126,6 +126,10 @@ class Engine(Protocol):
         """Wait for all ranks."""
         ...
 
+    def limit_waiting(self, timeout_s: float) -> None:
+        """Set the timeout of all process groups: sharding makes groups of its own, which have torch's default."""
+        ...
+
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch on this rank's device."""
         ...

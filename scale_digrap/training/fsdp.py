@@ -170,8 +170,9 @@ class FsdpEngine(Ranks):
                 if self.clip_norm is not None and grad_norm > self.clip_norm:
                     self.scale_gradients(parameters, self.clip_norm / (grad_norm + 1e-6))
                 optimizer.step()
+        layer_norms = self.layer_norms(parameters) if skipped else ()
         optimizer.zero_grad(set_to_none=True)
-        return Update(grad_norm, skipped)
+        return Update(grad_norm, skipped, layer_norms)
 
     def finish(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -204,6 +205,14 @@ class FsdpEngine(Ranks):
         if self.world_size > 1:
             dist.all_reduce(total)
         return math.sqrt(total.item())
+
+    @torch.no_grad()
+    def layer_norms(self, parameters: Iterable[nn.Parameter]) -> list[float]:
+        """L2 norm of every gradient, equal on all ranks."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).tolist()
+        copies = [self.world_size / shard_count(gradient) for gradient in gradients]
+        return [math.sqrt(s) for s in self.sum([norm**2 / n for norm, n in zip(norms, copies, strict=True)])]
 
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:

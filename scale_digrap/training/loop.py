@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ from torch.optim import Optimizer
 
 from scale_digrap.config import Config, save_config, validate_for_training
 from scale_digrap.data.loader import TrainLoader
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.sharding.zero3 import full_numel
+from scale_digrap.training.agreement import ReplicaCheck
 from scale_digrap.training.checkpoint import Checkpointer, save_final
 from scale_digrap.training.data import train_loader
-from scale_digrap.training.engine import Engine, TrainingError, create_engine
+from scale_digrap.training.engine import CheckpointError, Engine, TrainingError, create_engine
+from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
 from scale_digrap.training.optimizer import capture_anchors, digrap_summary, keeps_anchors
 from scale_digrap.training.schedule import build_schedule
+from scale_digrap.training.stop import StopRequests, clear_markers
+from scale_digrap.training.watchdog import Watchdog, lost_rank
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +78,30 @@ def train(config: Config) -> TrainResult:
 
     Raises:
         ConfigError, ModelLoadError, SelectionError, DataError, CheckpointError, TrainingError: each with one line that
-            names what to change; all but a divergence and a full disk before the first step.
+            names what to change; all but a divergence, a lost rank and a full disk before the first step.
+        RunStopped: a signal, the file ``run_dir/STOP`` or ``training.max_time`` asked for it; on all ranks, after the
+            checkpoint. ``run_dir/STOPPED`` tells it to whoever started the ranks.
     """
     validate_for_training(config)
-    engine = create_engine(config)
+    with StopRequests(config) as stop:
+        engine = create_engine(config)
+        run_dir = Path(config.run_dir)
+        if engine.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            clear_markers(run_dir)
+            save_config(config, run_dir / "config.yaml")
+        with Watchdog(run_dir, engine.rank, config.training.stall_s) as watchdog:
+            try:
+                return _train(config, engine, stop, watchdog)
+            except Exception as error:
+                lost = lost_rank(error, engine.rank, watchdog.place())
+                if lost is None:
+                    raise
+                raise lost from error
+
+
+def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdog) -> TrainResult:
     run_dir = Path(config.run_dir)
-    if engine.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -102,6 +124,8 @@ def train(config: Config) -> TrainResult:
     checkpoints = Checkpointer(
         config, engine=engine, loaded=loaded, optimizer=optimizer, scheduler=scheduler, loader=loader
     )
+    engine.limit_waiting(config.training.timeout_s)
+    watchdog.beat(0, "resuming")
     start = checkpoints.resume()
     _announce(config, engine, loaded, loader, start, total_steps)
 
@@ -116,21 +140,39 @@ def train(config: Config) -> TrainResult:
         steps=total_steps,
     )
     began = time.perf_counter()
-    with Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start) as metrics:
-        run = _Run(config, engine, loaded, forward, optimizer, metrics, result, loader)
+    metrics = Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start)
+    with metrics, closing(loader):
+        run = _Run(config, engine, loaded, forward, optimizer, metrics, result, loader, stop, watchdog, start)
         batches = iter(loader)
         model.train()
-        for step in range(start + 1, total_steps + 1):
-            run.step(step, batches)
-            scheduler.step()
-            checkpoints.poll()
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                checkpoints.save(step)
-        engine.finish(forward)
-        checkpoints.close()
+        try:
+            for step in range(start + 1, total_steps + 1):
+                run.step(step, batches)
+                scheduler.step()
+                checkpoints.poll()
+                if run.health.too_many:
+                    checkpoints.close()
+                    raise run.health.error(step, checkpoints.newest())
+                if step == total_steps:
+                    run.close_step()
+                # Skipped steps change nothing: saving them would push the last good checkpoint out.
+                due = config.checkpoint.every and step % config.checkpoint.every == 0 and not run.health.in_a_row
+                if due or run.stop_reason:
+                    watchdog.beat(step, "saving a checkpoint")
+                    checkpoints.save(step)
+                if run.stop_reason:
+                    checkpoints.close()
+                    engine.barrier()
+                    raise stop.stopped(engine.rank, step=step, reason=run.stop_reason, checkpoint=checkpoints.newest())
+            engine.finish(forward)
+            watchdog.beat(total_steps, "finishing")
+            checkpoints.close()
+        except ScaleDigrapError:  # of all ranks together
+            with suppress(CheckpointError):
+                checkpoints.close()
+            raise
     result.seconds = time.perf_counter() - began
     result.bad_samples = loader.bad
-    loader.close()
     engine.barrier()
     if keeps_anchors(optimizer):
         result.anchored = engine.anchors(loaded, optimizer)
@@ -186,7 +228,11 @@ def _announce(
 
 
 class _Run:
-    """The state of the loop between two steps: what is not yet logged, and how many steps in a row were skipped."""
+    """The state of the loop between two steps: what is not yet logged, and what the ranks have agreed on.
+
+    A step begins with one sum over the ranks. It holds what the step needs to know of all of them, the votes to stop,
+    now and then the checksums of the replicas, and the loss of the step before.
+    """
 
     def __init__(
         self,
@@ -198,12 +244,21 @@ class _Run:
         metrics: Metrics,
         result: TrainResult,
         loader: TrainLoader,
+        stop: StopRequests,
+        watchdog: Watchdog,
+        start: int,
     ) -> None:
         self.config, self.engine, self.model = config, engine, forward
-        self.loader = loader
+        self.loader, self.stop, self.watchdog = loader, stop, watchdog
         self.optimizer, self.metrics, self.result = optimizer, metrics, result
-        self.parameters = list(loaded.trained().values())
-        self.skipped_in_a_row = 0
+        trained = loaded.trained()
+        self.parameters = list(trained.values())
+        self.health = Health(config, engine, list(trained))
+        every = config.training.sync_check_every
+        self.replicas = ReplicaCheck(engine, loaded.model, optimizer, loader, every=every, first=start + 1)
+        self.stop_reason: str | None = None
+        self.data = StepData(0)
+        self.step_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         self.stepped = False  # telemetry describes the last step, so there is none before the first
         self._reset()
 
@@ -218,18 +273,31 @@ class _Run:
         training = self.config.training
         # Dropout of a step depends on nothing that came before: a resumed run needs no generator state.
         torch.manual_seed(_step_seed(training.seed, number, self.engine.dp_rank))
+        self.watchdog.beat(number, "waiting for data")
+        previous, self.data = self.data, StepData(number)
         micro_batches, failure = self._fetch(batches)
-        answer_tokens, tokens, samples, bad, failed = self.engine.sum(
-            [
-                sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches),
-                sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
-                # not the row that a collator may have added (VqaCollator.always_image): it has no answer
-                sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
-                self.loader.take_bad(),
-                failure is not None,
-            ]
-        )
+        self.data.tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+        counts = [
+            previous.loss,
+            self.data.tokens,
+            sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+            # not the row that a collator may have added (VqaCollator.always_image): it has no answer
+            sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in micro_batches),
+            self.loader.take_bad(),
+            failure is not None,
+        ]
+        votes, checksums = self.stop.votes(self.engine.rank), self.replicas.values(number)
+        self.watchdog.beat(number, "waiting for the other ranks")
+        sums = self.engine.sum([*counts, *votes, *checksums])
+        previous_loss, answer_tokens, tokens, samples, bad, failed = sums[: len(counts)]
         self._check_data(number, int(bad), failed > 0, failure)
+        self.replicas.check(number, sums[len(counts) + len(votes) :])
+        self.stop_reason = self.stop.reason(sums[len(counts) :][: len(votes)])
+        if previous.step:
+            self.health.loss(previous, previous_loss / previous.all_tokens)
+        self.watchdog.beat(number, "computing")
+        self.data.all_tokens = answer_tokens
+        self.step_loss.zero_()
         # The mean over the answer tokens of all ranks and micro-batches. The engine averages gradients over the ranks,
         # hence the factor: a rank with longer answers counts for more, as it would in one process.
         scale = self.engine.dp_world_size / answer_tokens
@@ -237,12 +305,15 @@ class _Run:
             first = first_answer_position(batch["labels"])
             with self.engine.compute():
                 loss = answer_loss(self.model, self.engine.to_device(batch), first) * scale
-            self.engine.backward(self.model, loss, last=index == len(micro_batches) - 1)
-            self.loss += loss.detach() * (answer_tokens / self.engine.dp_world_size)
+            # A loss that is not finite may have a finite gradient: make it tell, on this rank and so on all.
+            finite = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+            self.engine.backward(self.model, loss * finite, last=index == len(micro_batches) - 1)
+            self.step_loss += loss.detach() * (answer_tokens / self.engine.dp_world_size)
+        self.loss += self.step_loss
         self.answer_tokens += answer_tokens
         self.tokens += tokens
         self.samples += samples
-        grad_norm = self._update(number)
+        grad_norm = self._update()
         logs = self.config.log
         if number % logs.every == 0:
             self._log(number, grad_norm)
@@ -255,7 +326,10 @@ class _Run:
         """The step's micro-batches, or why there are none: an error here alone would keep the other ranks waiting."""
         began = time.perf_counter()
         try:
-            micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation)]
+            micro_batches = []
+            for _ in range(self.config.training.gradient_accumulation):
+                micro_batches.append(next(batches))
+                self.data.samples += self.loader.batch_samples
         except Exception as error:
             return [], error
         self.waited += time.perf_counter() - began
@@ -269,21 +343,21 @@ class _Run:
             raise TrainingError(f"step {number}: another rank could not load its batch; its own message says why")
         self.loader.count_bad(bad)
 
-    def _update(self, number: int) -> float:
+    def _update(self) -> float:
         """Clip, step, zero; returns the gradient norm before clipping."""
         update = self.engine.step(self.optimizer, self.parameters)
+        self.data.loss = self.step_loss.item()
         self.stepped = self.stepped or not update.skipped
-        self._count_skipped(number, update.skipped)
+        self.health.update(self.data, update)
+        self.result.skipped_steps = self.health.skipped
         return update.grad_norm
 
-    def _count_skipped(self, number: int, skipped: bool) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.result.skipped_steps += skipped
-        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
-            raise TrainingError(
-                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {number}: "
-                f"lower optimizer.lr, set training.clip_norm, or use training.precision=fp32"
-            )
+    def close_step(self) -> None:
+        """After the last step: what would have been agreed on at the beginning of another."""
+        votes = self.stop.votes(self.engine.rank)
+        loss, *votes = self.engine.sum([self.data.loss, *votes])
+        self.stop_reason = self.stop_reason or self.stop.reason(votes)
+        self.health.loss(self.data, loss / self.data.all_tokens)
 
     def _log(self, number: int, grad_norm: float) -> None:
         # No barrier: these sums make the ranks wait for each other, so the time is that of the slowest.

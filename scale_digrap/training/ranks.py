@@ -13,15 +13,13 @@ import torch.distributed as dist
 from scale_digrap.config import Config
 from scale_digrap.training.engine import TrainingError
 
-_TIMEOUT = timedelta(minutes=30)  # loading a large checkpoint skews ranks by more than torch's default allows
-
 
 class Ranks:
     """The part of :class:`scale_digrap.training.engine.Engine` that does not depend on the way of sharding."""
 
     def __init__(self, config: Config, *, always_distributed: bool = False) -> None:
         self.device = _pick_device(config.training.device)
-        _init_distributed(self.device, always_distributed)
+        _init_distributed(self.device, always_distributed, timedelta(seconds=config.training.timeout_s))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.dp_rank, self.dp_world_size = self.rank, self.world_size
@@ -40,9 +38,26 @@ class Ranks:
         dist.all_reduce(tensor, op=operation)
         return tensor.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def limit_waiting(self, timeout_s: float) -> None:
+        if not dist.is_initialized():
+            return
+        from torch.distributed import distributed_c10d as c10d
+
+        groups = getattr(getattr(c10d, "_world", None), "pg_map", {})
+        if hasattr(c10d, "_set_pg_timeout"):  # no public name before or after; without it they keep torch's default
+            for group in list(groups):
+                c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     def to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -63,12 +78,12 @@ def _pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _init_distributed(device: torch.device, always: bool) -> None:
+def _init_distributed(device: torch.device, always: bool, timeout: timedelta) -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     bound = device if backend == "nccl" else None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
     elif always:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)

@@ -12,24 +12,31 @@ from rich.console import Console
 from rich.table import Table
 
 from scale_digrap.config import Config
+from scale_digrap.errors import RunStopped
 from scale_digrap.sharding.zero3 import full_numel
 from scale_digrap.training.loop import TrainResult, train
 from scale_digrap.training.optimizer import count_anchors
+from scale_digrap.training.stop import DONE, write_marker
 
 
 def run(config: Config) -> TrainResult:
-    """Train and evaluate; rank 0 prints a summary and writes ``run_dir/summary.json``.
+    """Train and evaluate; rank 0 prints a summary, writes ``run_dir/summary.json`` and, last of all, ``run_dir/DONE``.
 
     Raises:
-        ScaleDigrapError: as :func:`scale_digrap.training.train`; also suites that cannot be read.
+        ScaleDigrapError, RunStopped: as :func:`scale_digrap.training.train`; also suites that cannot be read.
     """
     suites = _suites(config)
-    result = train(config)
+    try:
+        result = train(config)
+    except RunStopped:
+        _leave()
+        raise
     scores = _evaluate(config, result, suites) if suites else {}
     if result.engine.rank == 0:
         summary = {**summarize(result), **({"evaluation": scores} if scores else {})}
         (result.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         _print(summary, Console())
+        write_marker(result.run_dir, DONE, {"step": result.steps})
     _leave()
     return result
 

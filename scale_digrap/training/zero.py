@@ -52,6 +52,8 @@ class ZeroEngine(Ranks):
         self.masters = False
         """bf16 parameters with fp32 masters."""
         self._engine: Any = None
+        self._trained: list[nn.Parameter] = []
+        self._bad_norms: list[float] | None = None
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -93,6 +95,8 @@ class ZeroEngine(Ranks):
             text = json.dumps(settings, indent=2) + "\n"
             (Path(config.run_dir) / "deepspeed.json").write_text(text, encoding="utf-8")
         self._engine, *_ = sdds.initialize(model=loaded.model, optimizer=optimizer, config=settings)
+        self._trained = list(loaded.trained().values())
+        self._measure_bad_steps()
         return self._engine, optimizer
 
     def anchors(self, loaded: LoadedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -127,14 +131,40 @@ class ZeroEngine(Ranks):
         if engine.optimizer is optimizer:  # stage 0 in fp32: DeepSpeed neither checks nor tells the norm
             norm = _plain_norm(parameters)
             if not math.isfinite(norm):
+                norms = self._layer_norms()
                 engine.zero_grad()
-                return Update(norm, True)
+                return Update(norm, True, norms)
             engine.step()
             return Update(norm, False)
+        self._bad_norms = None
         engine.step()
         if not engine.was_step_applied():
-            return Update(math.nan, True)
+            return Update(math.nan, True, self._bad_norms or ())
         return Update(float(engine.get_global_grad_norm()), False)
+
+    def _measure_bad_steps(self) -> None:
+        """DeepSpeed throws the gradients of a bad step away inside its own step: what is measured is measured there."""
+        wrapper = self._engine.optimizer
+        name = next((name for name in ("_update_scale", "clear_hp_grads") if hasattr(wrapper, name)), None)
+        if name is None:  # another version of DeepSpeed: reports go without norms
+            return
+        original = getattr(wrapper, name)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if wrapper.overflow and self._bad_norms is None:
+                self._bad_norms = self._layer_norms()
+            return original(*args, **kwargs)
+
+        setattr(wrapper, name, measured)
+
+    @torch.no_grad()
+    def _layer_norms(self) -> list[float]:
+        """L2 norm of every trained parameter's gradient, one parameter at a time, equal on all ranks. Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = (safe_get_full_grad(parameter) for parameter in self._trained)
+        squares = [0.0 if g is None else float(g.norm()) ** 2 / self.world_size for g in gradients]
+        return [math.sqrt(square) for square in self.sum(squares)]
 
     def finish(self, model: nn.Module) -> None:
         pass  # every step ends with the updated parameters in place

@@ -148,12 +148,12 @@ def test_resumed_equals_uninterrupted(checkpoint, shards, tmp_path, optimizer):
         patch.setattr(metrics.Metrics, "write", stop)
         with pytest.raises(StopError):
             runs.run(model, shards, tmp_path / "b", training={"steps": 6}, checkpoint=saving, **options)
-    assert runs.read_dir(tmp_path / "b" / "checkpoints") == ["step-4"]
+    assert runs.read_dir(tmp_path / "b" / "checkpoints") == ["latest", "step-4"]
     resumed = runs.run(model, shards, tmp_path / "b", training={"steps": 6}, checkpoint=saving, **options)
     assert resumed["loss"] == straight["loss"]
     assert runs.distance(resumed["parameters"], straight["parameters"]) == 0
     assert [line["step"] for line in read_log(tmp_path / "b" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert runs.read_dir(tmp_path / "b" / "checkpoints") == ["step-6"]
+    assert runs.read_dir(tmp_path / "b" / "checkpoints") == ["latest", "step-6"]
 
 
 def test_log_has_every_figure_of_every_step(checkpoint, shards, tmp_path):
@@ -242,7 +242,7 @@ def test_a_run_of_nothing_but_nan_stops_with_the_count(checkpoint, shards, tmp_p
             training={"steps": 5, "max_skipped_steps": 3},
         )
     lines = read_log(tmp_path / "log.jsonl")
-    assert [line["skipped_steps"] for line in lines] == [1, 2]
+    assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
     assert lines[0]["loss"] is None
 
 
