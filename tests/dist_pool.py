@@ -12,7 +12,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Imported once in the fork server, so that every rank starts with them in memory.
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.checkpoint",
+    "deepspeed",
+    "scale_digrap.training.loop",
+    "scale_digrap.training.fsdp",
+    "scale_digrap.training.zero",
+]
 
 
 class RankError(AssertionError):
@@ -32,7 +41,7 @@ class DistPool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         rendezvous = tempfile.mkdtemp(prefix="dist-pool-")
         for rank in range(self.world_size):
             here, there = context.Pipe()
