@@ -108,7 +108,7 @@ def load_model(
     """Load a checkpoint for training: adapters in, frozen parameters marked, trained ones fp32.
 
     Args:
-        config: which checkpoint and what is trained. ``path`` may be a folder that ``checkpoint.save_final`` wrote,
+        config: which checkpoint and what is trained. ``path`` may be a folder that ``save_final`` wrote,
             adapters included (their base is loaded and training of the adapters continues).
         lora: adapters; None or not enabled trains the weights themselves.
         precision: ``fp32`` or ``bf16``; the dtype of frozen weights under LoRA.

@@ -8,6 +8,7 @@ into memory where its files have one dtype, and whose fingerprint must be that o
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from scale_digrap.config import CHOICES, Config, config_from_dict
 from scale_digrap.evaluation.wise import check_alpha, lora_factor
 from scale_digrap.models.loading import (
     PRECISION_DTYPE,
+    LoadedModel,
     ModelLoadError,
     adapter_base,
     add_adapters,
@@ -38,7 +40,7 @@ from scale_digrap.models.select import match_names
 from scale_digrap.training import run_folder
 from scale_digrap.training.checkpoint import META, STATE, RunState
 from scale_digrap.training.deferred import Deferred
-from scale_digrap.training.engine import CheckpointError, short
+from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
 from scale_digrap.training.stored import BUFFER, StoredState
 
@@ -164,6 +166,53 @@ def write_template(folder: Path, template: dict[str, Any], base: str, origin: di
 
 def _is_adapter(config: Config) -> bool:
     return config.lora.enabled or adapter_base(resolve_path(config.model.path)) is not None
+
+
+def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str = "float32") -> Path:
+    """Write the live model, or the adapter, with its processor in Hugging Face format; load it with ``model.path``.
+
+    Gathers the weights in rank 0's main memory; for a model that does not fit there, :func:`export` a checkpoint.
+
+    Args:
+        folder: is replaced.
+        loaded: the trained model; every rank calls.
+        engine: rank 0 writes.
+        dtype: of a full model; adapters are written as they are, in fp32.
+    """
+    model: Any = loaded.model
+    is_adapter = hasattr(model, "peft_config")
+    state = engine.full_state(model, trained_only=is_adapter)
+    if engine.rank == 0:
+        partial = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_adapter:
+            _save_gathered(model, state, partial, getattr(torch, dtype))
+        else:
+            model.peft_config["default"].base_model_name_or_path = loaded.path
+            model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
+        loaded.processor.save_pretrained(partial)
+        write_template(partial, loaded.collator.template.to_dict(), loaded.path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    engine.barrier()
+    return folder
+
+
+def _save_gathered(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Through a model of the same architecture without memory: ``save_pretrained`` of a sharded model is a collective
+    call that gathers the weights once more."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("distributed_config", None)
+    with torch.device("meta"):
+        twin = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    first: dict[int, Tensor] = {}
+    for name, like in twin.state_dict(keep_vars=True).items():
+        value = state[name].to(dtype) if state[name].is_floating_point() else state[name]
+        # Gathered shards no longer show which weights are tied; written twice, they would be untied.
+        state[name] = first.setdefault(id(like), value)
+    with quiet():
+        twin.save_pretrained(folder, state_dict=state)
 
 
 class _Base:

@@ -24,7 +24,7 @@ def weights_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """
     here = []
     for name, parameter in parameters:
-        values, first = _piece(parameter.detach())
+        values, first = _piece(parameter)  # not detached: that would hide that ZeRO-3 has partitioned it
         here.append((name, first, values.numel(), _sum(values, first)))
     everywhere = [here]
     if dist.is_initialized():
