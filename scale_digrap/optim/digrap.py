@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scale_digrap.optim import functional as F  # noqa: N812
 from scale_digrap.optim.anchored import AnchoredOptimizer, UnattachedError
+from scale_digrap.optim.blocks import Block, Piece, make_blocks
 from scale_digrap.optim.telemetry import LayerStats
 
 logger = logging.getLogger(__name__)
@@ -34,64 +35,6 @@ logger = logging.getLogger(__name__)
 # Rows of the packed sums. A layer counts as one row (no row sums) with normalization="tensor" and below two dimensions:
 # then DIRECTION holds <g, δ'> and PREVIOUS ‖δ'‖²; else DIRECTION holds the sum of the cosines of the whole rows.
 DOT, DRIFT, GRAD, ANCHOR, HAS_GRAD, DIRECTION, PREVIOUS, N_SUMS = range(8)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """``rows × cols`` elements of one layer, from element ``start`` of its flattened local tensor."""
-
-    index: int
-    start: int
-    rows: int
-    cols: int
-    slots: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        return self.rows * self.cols
-
-    def of(self, local: Tensor) -> Tensor:
-        """``[rows, cols]`` of a local tensor; shares storage where that is contiguous."""
-        if self.numel == local.numel():
-            return local.reshape(self.rows, self.cols)
-        return local.reshape(-1).narrow(0, self.start, self.numel).view(self.rows, self.cols)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Pieces of equal ``cols`` that one pass treats as one matrix: of one group, of one kind, few enough for small
-    temporaries.
-
-    Attributes:
-        owner: int64 ``[rows]``, the layer of each row.
-        slots: int64 ``[rows]``, each row's place among the rows that straddle ranks; ``None`` for whole rows.
-    """
-
-    group: int
-    anchored: bool
-    by_rows: bool
-    pieces: tuple[_Piece, ...]
-    owner: Tensor
-    slots: Tensor | None
-
-    @classmethod
-    def make(cls, group: int, anchored: bool, by_rows: bool, pieces: list[_Piece], device: torch.device) -> _Block:
-        counts = [piece.rows for piece in pieces]
-        index = torch.tensor([piece.index for piece in pieces], device=device)
-        owner = torch.repeat_interleave(index, torch.tensor(counts, device=device), output_size=sum(counts))
-        parts = [piece.slots for piece in pieces if piece.slots is not None]
-        return cls(group, anchored, by_rows, tuple(pieces), owner, torch.cat(parts) if parts else None)
-
-    def only(self, pieces: list[_Piece]) -> _Block:
-        """The block of some of its pieces."""
-        if len(pieces) == len(self.pieces):
-            return self
-        return _Block.make(self.group, self.anchored, self.by_rows, pieces, self.owner.device)
-
-    def matrix(self, role: str, tensors: list[Any], workspace: F.Workspace, dtype: torch.dtype | None = None) -> Tensor:
-        """``[rows, cols]`` of ``dtype`` (theirs by default) out of one local tensor per layer."""
-        pieces = [piece.of(tensors[piece.index]) for piece in self.pieces]
-        return workspace.gather(role, pieces, self.owner.numel(), dtype)
 
 
 @dataclass(frozen=True)
@@ -237,7 +180,8 @@ class DiGraP(AnchoredOptimizer):
         self._agree = torch.tensor(agree, dtype=torch.bool, device=device)
         self._slot_layer = layout.slot_layer.to(device)
         self._workspace = F.Workspace(device)
-        self._blocks = self._make_blocks(device)
+        kinds = [(self._group_of[i], anchored[i], anchor is not None) for i, anchor in enumerate(self._anchors)]
+        self._blocks = make_blocks(layout, self._locals, kinds, device)
         # Constant, and sent with every step's sums: ‖θ0‖ then needs no collective of its own.
         self._anchor_sums = torch.zeros(count, dtype=torch.float64, device=device)
         for index, anchor in enumerate(self._anchors):
@@ -257,38 +201,6 @@ class DiGraP(AnchoredOptimizer):
 
     def _option(self, index: int, key: str) -> Any:
         return self._groups[self._group_of[index]][key]
-
-    def _make_blocks(self, device: torch.device) -> list[_Block]:
-        layout = self._layout
-        assert layout is not None
-        # On a CPU a block's temporaries stay in the cache, which is worth a factor of two; elsewhere launches dominate.
-        limit = 1 << 18 if device.type == "cpu" else 1 << 24
-        kinds: dict[tuple, list[_Piece]] = {}
-        for index, placed in enumerate(layout.placements):
-            by_rows = layout.layers[index].by_rows
-            stored = self._anchors[index] is not None
-            local = self._locals[index]
-            kind = (self._group_of[index], self._anchor_kind_of(index) is not None, stored, by_rows, local.dtype)
-            for run in placed.runs:
-                rows, cols = (run.rows, run.cols) if by_rows else (1, run.rows * run.cols)
-                slots = layout.row_slots(index, run, device)
-                most = limit if local.is_contiguous() else rows * cols
-                for start, height, width in _tiles(rows, cols, most, whole_rows=by_rows and slots is None):
-                    part = None if slots is None else slots[start // cols : start // cols + height]
-                    piece = _Piece(index, run.start + start, height, width, part)
-                    # Rows that straddle ranks have no cosine yet; a piece that is dear to copy gets its own block.
-                    alone = index if height * width > limit // 4 else None
-                    kinds.setdefault((*kind, width, part is None, alone), []).append(piece)
-        blocks: list[_Block] = []
-        for (group, anchored, _, by_rows, *_), pieces in kinds.items():
-            taken: list[_Piece] = []
-            for piece in pieces:
-                if taken and sum(other.numel for other in taken) + piece.numel > limit:
-                    blocks.append(_Block.make(group, anchored, by_rows, taken, device))
-                    taken = []
-                taken.append(piece)
-            blocks.append(_Block.make(group, anchored, by_rows, taken, device))
-        return blocks
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -422,15 +334,15 @@ class DiGraP(AnchoredOptimizer):
             sums[DIRECTION] *= torch.where(self._one_row, factors, torch.ones_like(factors))  # else cosines
         return sums, row_sums
 
-    def _anchor_matrix(self, block: _Block) -> Tensor | None:
+    def _anchor_matrix(self, block: Block) -> Tensor | None:
         """θ0 of a block; ``None`` where it is zero."""
         stored = self._anchors[block.pieces[0].index] is not None
         return block.matrix("a", self._anchors, self._workspace) if stored else None
 
-    def _batches(self, grads: list[Tensor | None]) -> Iterator[tuple[_Block, tuple[int, float, float]]]:
+    def _batches(self, grads: list[Tensor | None]) -> Iterator[tuple[Block, tuple[int, float, float]]]:
         """Blocks of the layers with a gradient here, with the steps taken, α and λ that their last step used."""
         for block in self._blocks:
-            histories: dict[tuple[int, float, float], list[_Piece]] = {}
+            histories: dict[tuple[int, float, float], list[Piece]] = {}
             for piece in block.pieces:
                 i = piece.index
                 if grads[i] is not None:
@@ -610,19 +522,3 @@ class DiGraP(AnchoredOptimizer):
         if "sums" not in self._last:
             raise RuntimeError("no step has been taken yet: telemetry describes the last step()")
         return self._last["sums"]
-
-
-def _tiles(rows: int, cols: int, limit: int, *, whole_rows: bool) -> Iterator[tuple[int, int, int]]:
-    """Cut a ``rows × cols`` run into (first element, rows, cols) of at most ``limit`` elements or one row each.
-
-    Args:
-        whole_rows: a row's cosine is taken of its tile, so that a row must not be cut. Otherwise only sums are, and a
-            single row may be cut anywhere.
-    """
-    if rows == 1 and not whole_rows:
-        for start in range(0, cols, limit):
-            yield start, 1, min(limit, cols - start)
-        return
-    height = max(1, limit // cols)
-    for first in range(0, rows, height):
-        yield first * cols, min(height, rows - first), cols
