@@ -2,17 +2,16 @@
 
     python benchmarks/loader.py [--repeats 3] [--scale 1.0] [--folder DIR]
 
-Every figure of a row is measured in a process of its own, round robin over the loaders, so that the machine's noise
-meets all of them; a cell is the best of the repeats. All three loaders do the same work on the same JPEGs: read,
-parse JSON, decode to RGB with PIL, (resize,) stack to a uint8 tensor. CPU time is that of the process and its loader
-processes together, which a loaded machine disturbs less than wall time. Only the ratios mean something elsewhere.
+All loaders do the same work on the same JPEGs: read, parse JSON, decode to RGB with PIL, (resize,) stack to a uint8
+tensor. They take turns in one process, some batches each, so that the machine's noise meets all of them; a cell is the
+best of the repeats. CPU time is that of the process and of the loader's own processes, which a loaded machine disturbs
+less than wall time. Only the ratios mean something elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import os
 import random
@@ -53,9 +52,9 @@ class Kind:
 
 
 KINDS = {
-    "64 px": Kind(12_000, (64, 64), 1000, 2304, 4000),
-    "224 px": Kind(6000, (224, 224), 1000, 2304, 2000),
-    "640×480 → 224": Kind(1600, (640, 480), 200, 256, 1024),
+    "64 px": Kind(12_000, (64, 64), 1000, 2304, 4096),
+    "224 px": Kind(6000, (224, 224), 1000, 2304, 2048),
+    "640×480 → 224": Kind(1600, (640, 480), 200, 256, 512),
 }
 
 
@@ -173,44 +172,60 @@ def batches(loader: str, folder: Path, workers: int, resize: bool, start: int = 
 # Measuring
 
 
-def cpu_seconds() -> float:
-    """Of this process and its children that are alive."""
-    processes = [os.getpid()]
+def children() -> set[int]:
+    found: set[int] = set()
     for task in os.listdir("/proc/self/task"):
-        processes += map(int, Path(f"/proc/self/task/{task}/children").read_text().split())
-    total = 0.0
-    for process in processes:
-        for task in os.listdir(f"/proc/{process}/task"):
-            total += int(Path(f"/proc/{process}/task/{task}/schedstat").read_text().split()[0]) / 1e9
-    return total
+        found |= set(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
+    return found
 
 
-def throughput(loader: str, folder: Path, workers: int, resize: bool, warm_up: int, count: int) -> tuple[float, float]:
-    """(samples/s, CPU µs per sample). Without loader processes the latter is that of the cheapest eight batches in a
-    row; with them, whose work cannot be told from batch to batch, of the whole run."""
-    source = batches(loader, folder, workers, resize)
-    for _ in range(warm_up // BATCH):
-        next(source)
-    began, cpu = time.perf_counter(), [cpu_seconds()]
-    for _ in range(max(1, count // BATCH // CHUNK)):
-        for _ in range(CHUNK):
-            next(source)
-        cpu.append(cpu_seconds())
-    done = (len(cpu) - 1) * CHUNK * BATCH
-    speed = done / (time.perf_counter() - began)
+def cpu_seconds(processes: set[int]) -> float:
+    return sum(int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) for process in processes) / 1e9
+
+
+def alternating(
+    loaders: list[str], folder: Path, workers: int, resize: bool, warm_up: int, count: int
+) -> list[list[float]]:
+    """(samples/s, CPU µs per sample) of each loader, all in this process, a chunk of batches of one after a chunk of
+    the other. The speed is that of the best chunk; so is the CPU time without loader processes. With them it is that
+    of the whole run, the loader's own processes included."""
+    sources, owned = [], []
+    for loader in loaders:
+        before = children()
+        sources.append(batches(loader, folder, workers, resize))
+        for _ in range(max(1, warm_up // BATCH)):
+            next(sources[-1])
+        owned.append(children() - before)
+    started = [cpu_seconds(processes) for processes in owned]
+    speed, cheapest, busy = ([start for _ in loaders] for start in (0.0, float("inf"), 0.0))
+    chunks = max(1, count // BATCH // CHUNK)
+    for _ in range(chunks):
+        for number, source in enumerate(sources):
+            cpu = time.process_time()
+            for _ in range(2 * workers):
+                next(source)  # what has been loaded ahead does not count
+            began, own = time.perf_counter(), time.process_time()
+            for _ in range(CHUNK):
+                next(source)
+            speed[number] = max(speed[number], CHUNK * BATCH / (time.perf_counter() - began))
+            cheapest[number] = min(cheapest[number], (time.process_time() - own) / (CHUNK * BATCH) * 1e6)
+            busy[number] += time.process_time() - cpu
+            time.sleep(0.5 if workers else 0)  # until what it loads ahead is there
     if workers:
-        return speed, (cpu[-1] - cpu[0]) / done * 1e6
-    return speed, min(after - before for before, after in itertools.pairwise(cpu)) / (CHUNK * BATCH) * 1e6
+        done = chunks * (CHUNK + 2 * workers) * BATCH
+        for number, processes in enumerate(owned):
+            cheapest[number] = (busy[number] + cpu_seconds(processes) - started[number]) / done * 1e6
+    return [list(pair) for pair in zip(speed, cheapest, strict=True)]
 
 
-def first_batch(loader: str, folder: Path, workers: int, start: int) -> float:
+def first_batch(loader: str, folder: Path, workers: int, start: int) -> list[list[float]]:
     """Seconds from nothing to the first batch at sample `start`, construction and loader processes included."""
     began = time.perf_counter()
     next(batches(loader, folder, workers, False, start))
-    return time.perf_counter() - began
+    return [[time.perf_counter() - began]]
 
 
-def measure(**job) -> list[float]:
+def measure(**job) -> list[list[float]]:
     """Run one measurement in a fresh process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--one", json.dumps(job)]
@@ -220,12 +235,12 @@ def measure(**job) -> list[float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def one(job: dict) -> list[float]:
+def one(job: dict) -> list[list[float]]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     what = job.pop("what")
     job["folder"] = Path(job["folder"])
-    return list(throughput(**job)) if what == "throughput" else [first_batch(**job)]
+    return {"alternating": alternating, "first_batch": first_batch}[what](**job)
 
 
 # What needs no process of its own
@@ -282,32 +297,22 @@ def report(root: Path, repeats: int, scale: float) -> None:
     print(f"batches of {BATCH}; minimum CPU and maximum speed of {repeats} runs\n")
     heads = f"{'samples/s':>10}{'CPU µs/sample':>15}{'CPU / ours':>12}{'time / ours':>13}"
     print(f"{'':16}{'workers':>8}  {'loader':22}{heads}")
-    for name, kind in KINDS.items():
-        folder = root / name.replace(" ", "")
+    for title, kind in KINDS.items():
+        folder = root / title.replace(" ", "")
         generate(folder, kind)
         resize = kind.size == (640, 480)
         loaders = (*LOADERS, "ours, image_size=224") if resize else LOADERS
         for workers in (0, 2):
-            cells: dict[str, list[list[float]]] = {loader: [] for loader in loaders}
-            for _ in range(repeats):
-                for loader in loaders:
-                    cells[loader].append(
-                        measure(
-                            what="throughput",
-                            loader=loader,
-                            folder=str(folder),
-                            workers=workers,
-                            resize=resize,
-                            warm_up=kind.warm_up,
-                            count=int(kind.timed * scale),
-                        )
-                    )
-            best = {key: (max(c[0] for c in runs), min(c[1] for c in runs)) for key, runs in cells.items()}
+            job = {"what": "alternating", "loaders": list(loaders), "folder": str(folder), "workers": workers}
+            job |= {"resize": resize, "warm_up": kind.warm_up, "count": int(kind.timed * scale)}
+            runs = [measure(**job) for _ in range(repeats)]
+            columns = zip(loaders, zip(*runs, strict=True), strict=True)
+            best = {key: (max(c[0] for c in cells), min(c[1] for c in cells)) for key, cells in columns}
             speed, cost = best["ours"]
             for loader in loaders:
                 own_speed, own_cost = best[loader]
                 print(
-                    f"{name:16}{workers:>8}  {loader:22}{own_speed:>10.0f}{own_cost:>15.0f}{own_cost / cost:>12.2f}"
+                    f"{title:16}{workers:>8}  {loader:22}{own_speed:>10.0f}{own_cost:>15.0f}{own_cost / cost:>12.2f}"
                     f"{speed / own_speed:>13.2f}",
                     flush=True,
                 )
@@ -315,8 +320,8 @@ def report(root: Path, repeats: int, scale: float) -> None:
     folder = root / "64px"
     for workers in (0, 2):
         for loader in ("ours", "webdataset"):
-            job = {"what": "first", "loader": loader, "folder": str(folder), "workers": workers, "start": 9984}
-            best_time = min(measure(**job)[0] for _ in range(repeats))
+            job = {"what": "first_batch", "loader": loader, "folder": str(folder), "workers": workers, "start": 9984}
+            best_time = min(measure(**job)[0][0] for _ in range(repeats))
             print(f"  {loader:12} {workers} workers {best_time * 1e3:>9.0f}", flush=True)
     print(f"\njump to sample 77 777 777 of 100 M in 10 000 shards, window 16: {jump():.1f} ms")
     loader = TrainLoader(str(folder / "shards"), batch_size=BATCH, collate=list)
