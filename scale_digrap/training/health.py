@@ -156,10 +156,15 @@ class Health:
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
         # Appended to over all attempts of a run: what a step held is wanted most after the run was started again.
-        if self._engine.rank == 0:
-            time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if self._engine.rank != 0:
+            return
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({**entry, "time": time}, allow_nan=False)
+        try:
             with open(self._folder / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**entry, "time": time}, allow_nan=False) + "\n")
+                file.write(line + "\n")
+        except OSError as error:  # no reason to end a run
+            log.warning("cannot write %s: %s. It is: %s", self._folder / name, error, line)
 
 
 def _number(value: float) -> float | str:

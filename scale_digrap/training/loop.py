@@ -23,9 +23,10 @@ from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.sharding.zero3 import full_numel
 from scale_digrap.training.agreement import ReplicaCheck
-from scale_digrap.training.checkpoint import Checkpointer, save_final
+from scale_digrap.training.checkpoint import Checkpointer
 from scale_digrap.training.data import train_loader
 from scale_digrap.training.engine import CheckpointError, Engine, TrainingError, create_engine
+from scale_digrap.training.export import save_final
 from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
@@ -162,8 +163,10 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
                     checkpoints.save(step)
                 if run.stop_reason:
                     checkpoints.close()
-                    engine.barrier()
-                    raise stop.stopped(engine.rank, step=step, reason=run.stop_reason, checkpoint=checkpoints.newest())
+                    newest = checkpoints.newest()
+                    stopped = stop.stopped(engine.rank, step=step, reason=run.stop_reason, checkpoint=newest)
+                    engine.barrier()  # some launchers end all ranks when the first one is gone
+                    raise stopped
             engine.finish(forward)
             watchdog.beat(total_steps, "finishing")
             checkpoints.close()
