@@ -8,7 +8,6 @@ compared. There is no generator state in it: the randomness of a step depends on
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -22,15 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoModelForImageTextToText
 
 from scale_digrap.config import Config
 from scale_digrap.data.loader import TrainLoader
-from scale_digrap.models.loading import LoadedModel, quiet
+from scale_digrap.models.loading import LoadedModel
 from scale_digrap.optim.portable import FlatRange, PortableStateError, read_metadata
 from scale_digrap.training import manifest
 from scale_digrap.training.engine import CheckpointError, Engine, short
@@ -391,49 +388,6 @@ class Checkpointer:
         if changed:
             told = ", ".join(f"{key}: {before.get(key)} → {now[key]}" for key in changed[:8])
             log.warning("going on with another configuration than before: %s", told)
-
-
-def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str = "float32") -> Path:
-    """Write the trained model, or the adapter, with its processor in Hugging Face format; load it with ``model.path``.
-
-    Args:
-        folder: is replaced.
-        loaded: the trained model; every rank calls.
-        engine: rank 0 writes.
-        dtype: of a full model; adapters are written as they are, in fp32.
-    """
-    model: Any = loaded.model
-    is_adapter = hasattr(model, "peft_config")
-    state = engine.full_state(model, trained_only=is_adapter)
-    if engine.rank == 0:
-        partial = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        if not is_adapter:
-            target = getattr(torch, dtype)
-            state = {name: value.to(target) if value.is_floating_point() else value for name, value in state.items()}
-            with quiet():
-                _twin(model).save_pretrained(partial, state_dict=state)
-        else:
-            model.peft_config["default"].base_model_name_or_path = loaded.path
-            model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
-        loaded.processor.save_pretrained(partial)
-        template = {"prompt_template": loaded.collator.template.to_dict(), "base": loaded.path}
-        (partial / "scale_digrap.json").write_text(json.dumps(template, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    engine.barrier()
-    return folder
-
-
-def _twin(model: nn.Module) -> Any:
-    """A model of the same architecture without memory, to write files with: ``save_pretrained`` of a sharded model is
-    a collective call that gathers the weights once more."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("distributed_config", None)
-    with torch.device("meta"):
-        twin = AutoModelForImageTextToText.from_config(config)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    return twin
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
