@@ -27,7 +27,6 @@ from scale_digrap.training.checkpoint import Checkpointer
 from scale_digrap.training.data import train_loader
 from scale_digrap.training.engine import CheckpointError, Engine, TrainingError, create_engine
 from scale_digrap.training.export import save_final
-from scale_digrap.training.export import save_final
 from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
