@@ -177,6 +177,29 @@ def test_wise_of_an_adapter_scales_the_update(lora, tmp_path):
     assert done.mixed == changed
 
 
+def test_wise_of_an_adapter_without_stored_anchors(checkpoint, shards, tmp_path):
+    """The modules trained in full are mixed with the base, found under their own names and checked to be the right."""
+    live(checkpoint("llava"), shards, tmp_path / "run", lora=LORA, training={"steps": 2, "precision": "bf16"})
+    done = export(tmp_path / "run", tmp_path / "adapter", wise=0.25)
+    trained, mixed = tensors(tmp_path / "run/final"), tensors(tmp_path / "adapter")
+    start = independent(checkpoint("llava")).state_dict()
+    assert trained.keys() == mixed.keys()
+    for name, value in trained.items():
+        if "lora_A" in name:
+            expected = value
+        elif "lora_B" in name:
+            expected = 0.25 * value
+        else:
+            before = start[base_name(name)]
+            assert not torch.equal(value, before)
+            expected = 0.75 * before + 0.25 * value
+        torch.testing.assert_close(mixed[name], expected, rtol=1e-6, atol=1e-7)
+    assert done.mixed == sum("lora_A" not in name for name in trained)
+    other = tiny.build("llava", tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="has other weights than the run began with"):
+        export(tmp_path / "run", tmp_path / "refused", wise=0.25, base=str(other))
+
+
 def test_files_are_bounded_and_the_model_is_never_in_memory(tmp_path, shards):
     """A model of 34 MB in files of at most 4 MB: what the process allocates stays near one file."""
     live(wide_checkpoint(tmp_path / "base"), shards, tmp_path / "run")
