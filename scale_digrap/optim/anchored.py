@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.sharding.layout import ShardLayout, layout_for
 
 ANCHORS = ("initial", "zero")
@@ -27,7 +28,7 @@ _MAPPING = "mapping"
 LAYER_STATE = "layer_state"
 
 
-class UnattachedError(RuntimeError):
+class UnattachedError(ScaleDigrapError, RuntimeError):
     """``step()`` on tensors that an engine has put in place of the parameters."""
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.sharding.layout import Layer, ShardLayout, Turn
 from scale_digrap.sharding.placement import Placement, flat_runs
 from scale_digrap.sharding.zero3 import full_shape
@@ -28,7 +29,7 @@ from scale_digrap.sharding.zero3 import full_shape
 _PROVEN_STEPS = 2  # training steps in which early gradients are compared with those that the engine hands over
 
 
-class ZeroLayoutError(RuntimeError):
+class ZeroLayoutError(ScaleDigrapError, RuntimeError):
     """Where the layers lie could not be told, or is not what it was when it was proven."""
 
 
