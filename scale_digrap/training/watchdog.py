@@ -39,9 +39,9 @@ class LostRankError(TrainingError):
 class Watchdog:
     """Writes ``watchdog/rank-N.txt``: this rank's last step and, after a stall, the stacks of all its threads.
 
-    The first line is a JSON object; ``step`` and ``doing`` are where the rank was last seen. The stacks are written by
-    a thread; if that cannot run either, because the interpreter is blocked, by faulthandler's own, after twice the
-    time. The file goes when the run ends well.
+    A JSON object says where the rank is (``step``, ``doing``); the stacks of a stall follow it. They are written by a
+    thread; if that cannot run either, because the interpreter is blocked, by faulthandler's own, after twice the time.
+    The file goes when the run ends well and nothing stalled.
 
     Args:
         run_dir: holds the folder ``watchdog``.
@@ -54,6 +54,7 @@ class Watchdog:
         self._path = run_dir / FOLDER / f"rank-{rank}.txt"
         self._step, self._doing, self._beat = 0, "starting", time.monotonic()
         self._dumped: float | None = None
+        self._kept = 0  # bytes of the file that are stacks, with the places they belong to
         self._end = threading.Event()
         self._file: int | None = None
         self._thread: threading.Thread | None = None
@@ -115,13 +116,14 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._write_place(None)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
+        self._kept = os.fstat(self._file).st_size
         log.warning(
             "rank %d: nothing has moved for %.0f s in step %d (%s); its stacks are in %s",
             self._rank, time.monotonic() - beat, self._step, self._doing, self._path,
         )  # fmt: skip
 
     def _write_place(self, ended: str | None) -> None:
-        """The first line anew; with stacks in the file, another line below them."""
+        """The last line anew, below the stacks that are in the file."""
         assert self._file is not None
         place = {
             "rank": self._rank,
@@ -134,8 +136,7 @@ class Watchdog:
             **({} if ended is None else {"ended": ended}),
         }
         try:
-            if self._dumped is None:
-                os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, self._kept)
             os.write(self._file, (json.dumps(place) + "\n").encode())
         except OSError as error:
             log.warning("rank %d: cannot write %s: %s", self._rank, self._path, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import socket
@@ -50,6 +51,7 @@ class Launched:
         ]
         for process in self.processes:
             process.start()
+        atexit.register(self.wait, 0)  # a rank that hangs, of a test that failed, would keep pytest from its end
 
     def kill(self, rank: int, number: int) -> None:
         """Send a signal to a rank."""
