@@ -10,7 +10,9 @@ import os
 import pickle
 import queue
 import re
+import signal
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -84,14 +86,8 @@ class Feeder(Generic[Item]):
         """End the loader processes; the next run starts new ones."""
         loader, self._loader = self._loader, None
         self._sampler.lists = ()
-        # torch ends them when the last reference goes, which a traceback may hold for long.
-        end = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
-        if end is not None:
-            end()
-            # It asks with a signal that the trainer's own handler, inherited by a fork, ignores.
-            for process in loader._iterator._workers:  # type: ignore[union-attr]
-                if process.is_alive():
-                    process.kill()
+        if loader is not None:
+            self._end()
 
     def __del__(self) -> None:
         if getattr(self, "_loader", None) is not None and self._process == os.getpid():
@@ -108,7 +104,10 @@ class Feeder(Generic[Item]):
                 pin_memory=torch.cuda.is_available(),
                 timeout=self._timeout,
                 generator=torch.Generator().manual_seed(0),  # or it would draw from the global one
+                worker_init_fn=_outlive_sigterm,
             )
+            # multiprocessing ends what is left at exit by SIGTERM, and waits for it.
+            self._end = weakref.finalize(self, _end_processes, self._loader, self._process)
         self._sampler.lists = lists
         try:
             yield from self._loader
@@ -159,6 +158,22 @@ def guarded(source: Source[Item], items: list[Item]) -> Fetched:
         return source.fetch(items)
     except ScaleDigrapError as error:
         return Fetched(error=error)
+
+
+def _outlive_sigterm(_: int) -> None:
+    """A launcher's SIGTERM goes to all processes of a rank, which finishes its step and then ends these itself; torch's
+    own handler in loader processes would end them at once, and the rank with an error."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_processes(loader: Any, owner: int) -> None:
+    """Now: torch does it when the last reference goes, which a traceback may hold for long."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and os.getpid() == owner:  # a fork has a copy of everything
+        iterator._shutdown_workers()
+        for process in iterator._workers:
+            if process.is_alive():
+                process.kill()
 
 
 class _AsDataset(torch.utils.data.Dataset[Any], Generic[Item]):

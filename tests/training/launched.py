@@ -57,6 +57,14 @@ class Launched:
         """Send a signal to a rank."""
         os.kill(self.processes[rank].pid or 0, number)
 
+    def kill_children(self, rank: int, number: int) -> None:
+        """Send a signal to the loader processes of a rank."""
+        pid = self.processes[rank].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert children
+        for child in children:
+            os.kill(int(child), number)
+
     def wait_for_step(self, step: int, timeout: float = 90.0) -> None:
         """Until the log has a step."""
         deadline = time.monotonic() + timeout

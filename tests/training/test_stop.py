@@ -154,6 +154,7 @@ def test_stopped_runs_go_on_as_if_they_had_not(checkpoint, shards, tmp_path, eng
         if reason == "SIGTERM":
             for _ in range(2):
                 run.kill(1, signal.SIGTERM)
+            run.kill_children(0, signal.SIGTERM)  # a launcher's signal is for loader processes, too
         else:
             (folder / "STOP").touch()
         assert run.wait() == [75, 75], run.output()
