@@ -14,6 +14,10 @@ from tests.dist_pool import DistPool
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how many randomised kills of tests/training/test_kill.py")
+
+
 @pytest.fixture(scope="session")
 def dist_pool() -> Iterator[Callable[[int], DistPool]]:
     """``dist_pool(world_size).run(function, *args)``: gloo processes shared by the whole test session."""
