@@ -18,14 +18,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=12, help="how many randomised kills of tests/training/test_kill.py")
 
 
+_POOLS: dict[int, DistPool] = {}
+
+
 @pytest.fixture(scope="session")
 def dist_pool() -> Iterator[Callable[[int], DistPool]]:
     """``dist_pool(world_size).run(function, *args)``: gloo processes shared by the whole test session."""
-    pools: dict[int, DistPool] = {}
 
     def get(world_size: int) -> DistPool:
-        return pools.setdefault(world_size, DistPool(world_size))
+        return _POOLS.setdefault(world_size, DistPool(world_size))
 
     yield get
-    for pool in pools.values():
+    for pool in _POOLS.values():
         pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _young_pools() -> Iterator[None]:
+    """Between tests, pools that have become slow end, and start anew when they are next called."""
+    yield
+    for pool in _POOLS.values():
+        pool.retire()

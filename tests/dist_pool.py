@@ -11,6 +11,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
+
+# Engines make process groups by the dozen, and gloo keeps its threads until the process ends: with a thousand of them
+# every later test is slower. A young rank has four.
+_MOST_THREADS = 100
+
 # Imported once in the fork server, so that every rank starts with them in memory.
 PRELOAD = [
     "torch",
@@ -81,6 +87,14 @@ class DistPool:
                     raise RankError(f"rank {rank} of {self.world_size} in {function.__qualname__}:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world_size)]
+
+    def retire(self) -> None:
+        """End processes that have gathered threads; the next call starts new ones."""
+        if any(
+            process.is_alive() and psutil.Process(process.pid).num_threads() > _MOST_THREADS
+            for process in self._processes
+        ):
+            self.close()
 
     def close(self) -> None:
         """End the pool's own processes, by handle."""
