@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from scale_digrap.data.loader import EvalLoader, ShardDataset
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.evaluation.records import Record, SuiteResult
 from scale_digrap.evaluation.scorers import scorer
 from scale_digrap.evaluation.suites import Suite
 from scale_digrap.evaluation.wise import reshard
@@ -54,57 +55,6 @@ class Collator(Protocol):
     def decode(self, tokens: Tensor, prompt_length: int) -> list[str]:
         """Generated texts of [batch, prompt_length + new tokens]."""
         ...
-
-
-@dataclass(frozen=True)
-class Record:
-    """One question's outcome."""
-
-    question_id: str
-    prediction: str
-    answers: list[str]
-    score: float
-    question_type: str | None = None
-
-
-@dataclass
-class SuiteResult:
-    """One suite's outcome, the same on every rank."""
-
-    suite: str
-    metric: str
-    records: list[Record] = field(default_factory=list)
-    """In order of `question_id`."""
-    seconds: float = 0.0
-    """Wall time of generation and scoring on this rank."""
-
-    @property
-    def n(self) -> int:
-        return len(self.records)
-
-    @property
-    def accuracy(self) -> float:
-        """Mean score in [0, 1]."""
-        return sum(record.score for record in self.records) / len(self.records)
-
-    @property
-    def scores(self) -> list[float]:
-        return [record.score for record in self.records]
-
-    def by_question_type(self) -> dict[str, tuple[float, int]]:
-        """Question type → (mean score, questions); empty where the shards name no types."""
-        types: dict[str, list[float]] = {}
-        for record in self.records:
-            if record.question_type is not None:
-                types.setdefault(record.question_type, []).append(record.score)
-        return {name: (sum(scores) / len(scores), len(scores)) for name, scores in sorted(types.items())}
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SuiteResult:
-        return cls(**{**data, "records": [Record(**record) for record in data["records"]]})
 
 
 @dataclass
