@@ -22,8 +22,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
+from scale_digrap.errors import ScaleDigrapError
+
 Variant = Literal["official", "lavis"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
+VQA_METRICS: tuple[str, ...] = tuple(f"vqa/{variant}" for variant in VARIANTS)
 
 # An annotator's word with ONE apostrophe forgotten maps to the full form: "dont" → "don't", "couldnt've" and
 # "couldn'tve" → "couldn't've". Forms whose bare spelling is another word (she'd, we'll, it's, …) are not in the
@@ -49,6 +52,10 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # a period that does not start decimals
+
+
+class ScorerError(ScaleDigrapError, ValueError):
+    """An unknown metric, or a question that no metric can score."""
 
 
 def clean(text: str) -> str:
@@ -93,12 +100,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "offici
         must.
 
     Raises:
-        ValueError: `answers` is empty or `variant` is unknown.
+        ScorerError: `answers` is empty or `variant` is unknown.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown VQA scoring variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+        raise ScorerError(f"unknown VQA scoring variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     if not answers:
-        raise ValueError("a question without answers cannot be scored: leave it out of the shards or give its answers")
+        raise ScorerError("a question without answers cannot be scored: leave it out of the shards or give its answers")
     if len(answers) == 1:
         return float(normalize(prediction) == normalize(answers[0]))
 
@@ -124,10 +131,10 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction equals any of the answers after full normalisation, else 0.0.
 
     Raises:
-        ValueError: `answers` is empty.
+        ScorerError: `answers` is empty.
     """
     if not answers:
-        raise ValueError("a question without answers cannot be scored: leave it out of the shards or give its answers")
+        raise ScorerError("a question without answers cannot be scored: leave it out of the shards or give its answers")
     return float(normalize(prediction) in {normalize(answer) for answer in answers})
 
 
@@ -135,11 +142,17 @@ Scorer = Callable[[str, Sequence[str]], float]
 
 
 def scorer(metric: str) -> Scorer:
-    """The scoring function behind a metric's name: "vqa/official", "vqa/lavis" or "exact"."""
-    if metric == "exact":
+    """The scoring function behind a metric's name.
+
+    Args:
+        metric: "vqa/official", "vqa/lavis", "exact" or "top1".
+
+    Raises:
+        ScorerError: another name.
+    """
+    if metric in ("exact", "top1"):
         return exact_match
     kind, _, variant = metric.partition("/")
     if kind == "vqa" and variant in VARIANTS:
         return lambda prediction, answers: vqa_accuracy(prediction, answers, variant)
-    known = ", ".join([*(f"vqa/{name}" for name in VARIANTS), "exact"])
-    raise ValueError(f"unknown metric {metric!r}: choose one of {known}")
+    raise ScorerError(f"unknown metric {metric!r}: choose one of {', '.join([*VQA_METRICS, 'exact', 'top1'])}")

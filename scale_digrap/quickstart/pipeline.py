@@ -26,8 +26,8 @@ from rich.console import Console
 
 from scale_digrap.config import Config, OptimizerConfig, config_from_dict, config_to_yaml
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.evaluation.registry import QUICKSTART
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, environment, write_atomically
-from scale_digrap.evaluation.suites import QUICKSTART
 
 WORKER = "scale_digrap.quickstart.worker"
 MODEL = "builtin:tiny-vlm"

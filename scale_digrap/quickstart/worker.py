@@ -23,9 +23,10 @@ from torch import nn
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.drift import layer_drift
+from scale_digrap.evaluation.registry import QUICKSTART
 from scale_digrap.evaluation.results import MethodRun, write_atomically
 from scale_digrap.evaluation.runner import Collator, PreparedSuites, SuiteResult, evaluate, prepare
-from scale_digrap.evaluation.suites import QUICKSTART, averages
+from scale_digrap.evaluation.suites import averages
 from scale_digrap.evaluation.wise import interpolate
 from scale_digrap.quickstart.pipeline import (
     EVALUATION_BATCH,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from scale_digrap.evaluation.registry import QUICKSTART
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun
 from scale_digrap.evaluation.runner import Record, SuiteResult
-from scale_digrap.evaluation.suites import QUICKSTART
 
 METHODS = [
     Method(key="zero-shot", label="Zero-shot", family="base"),

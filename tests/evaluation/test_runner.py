@@ -39,7 +39,7 @@ def _evaluate(folder: Path, kind: str, batch_size: int, *, cached: bool = False)
 
 
 def write_suite_lazily(folder: Path, name: str):
-    from scale_digrap.evaluation.suites import QUICKSTART
+    from scale_digrap.evaluation.registry import QUICKSTART
 
     return QUICKSTART[name].at(folder / f"{name}-{{0,1}}.tar")
 

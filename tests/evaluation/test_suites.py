@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from scale_digrap.evaluation.suites import QUICKSTART, Suite, SuiteRegistry, averages
+from scale_digrap.evaluation.registry import QUICKSTART
+from scale_digrap.evaluation.suites import Suite, SuiteRegistry, averages
 
 SUITES = list(QUICKSTART.values())
 SCORES = {"id": 0.9, "vision": 0.8, "question": 0.6, "answer": 0.4, "multimodal": 0.2, "far": 0.1}

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from scale_digrap.evaluation.suites import QUICKSTART, Suite
+from scale_digrap.evaluation.registry import QUICKSTART
+from scale_digrap.evaluation.suites import Suite
 from scale_digrap.models.collate import PromptTemplate, VqaCollator
 from scale_digrap.quickstart.tiny_vlm import build_model, build_processor
 
