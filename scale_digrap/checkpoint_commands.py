@@ -14,7 +14,6 @@ from scale_digrap.training import manifest, run_folder
 DAMAGED = 1
 """Exit status of ``checkpoint verify`` when a checkpoint is not whole; 2 is an error in the call."""
 
-_META = "trainer.json"
 _EXAMPLES = """\
 examples:
   scale-digrap checkpoint list runs/vqav2
@@ -122,11 +121,10 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 def show_checkpoint(arguments: argparse.Namespace) -> int:
     """``checkpoint show RUN``: exit status 0. Tensors are not read, only their sizes."""
     path = run_folder.find(arguments.run_dir, arguments.step)
-    from scale_digrap.training.checkpoint import STATE
-    from scale_digrap.training.export import read_meta
+    from scale_digrap.training.checkpoint import read_meta
     from scale_digrap.training.stored import StoredState
 
-    meta, state = read_meta(path), StoredState(path / STATE)
+    meta, state = read_meta(path), StoredState(path / run_folder.STATE)
     missing = [what for what, absent in (("frozen weights", meta.frozen), ("anchors", not meta.anchors)) if absent]
     facts = {
         "checkpoint": path,
@@ -195,7 +193,7 @@ def _add_step(parser: argparse.ArgumentParser, text: str) -> None:
 def _read_meta(path: Path) -> dict[str, Any]:
     """``trainer.json`` for a list, which shows damaged checkpoints too."""
     try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        meta = json.loads((path / run_folder.META).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}

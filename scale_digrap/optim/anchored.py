@@ -399,9 +399,9 @@ class AnchoredOptimizer(Optimizer):
                 packed[row, index] = float(own.get(key, 0.0))
         self._packed, self._steps = packed.to(device), steps.to(device)
         if self._attached:
-            for holder, tensor in enumerate(layout.tensors):
-                taken = [step for step, k in zip(steps.tolist(), layout.holders, strict=True) if k == holder]
-                self.state[tensor]["step"] = torch.tensor(max(taken, default=0.0))
+            for tensor in layout.tensors:
+                self.state[tensor]["step"] = torch.tensor(0.0)
+            self._count_held(range(len(self._names)), steps.tolist())
         else:
             for index in range(len(self._names)):
                 state = self._state_of(index)
@@ -409,6 +409,24 @@ class AnchoredOptimizer(Optimizer):
                 for row, key in enumerate(self.layer_scalars):
                     state[key] = self._packed[row, index]
         self._after_pack()
+
+    def _count_held(self, layers: Iterable[int], steps: Sequence[float]) -> None:
+        """Raise the steps of the tensors that hold these layers to those of the layers: checkpoint converters ask for
+        them.
+
+        Args:
+            layers: numbers of layers.
+            steps: of all layers, shape [layers].
+        """
+        layout = self._layout
+        assert layout is not None
+        most: dict[int, float] = {}
+        for index in layers:
+            holder = layout.holders[index]
+            most[holder] = max(most.get(holder, 0.0), float(steps[index]))
+        for holder, count in most.items():
+            state = self.state[layout.tensors[holder]]
+            state["step"] = torch.tensor(max(count, float(state["step"])))
 
     def _after_pack(self) -> None:
         """Subclasses rebuild what they derive from the state."""

@@ -448,14 +448,7 @@ class DiGraP(AnchoredOptimizer):
             self._adamw(self._groups[block.group], p, parts, m, v, [piece.index for piece in pieces])
 
         if self._attached:
-            for k in {self._layout.holders[i] for i in layers}:  # type: ignore[union-attr]
-                self._count(k)
-
-    def _count(self, holder: int) -> None:
-        """The steps of a tensor that holds several layers, which checkpoint converters ask for: its layers' most."""
-        assert self._layout is not None
-        steps = [n for n, k in zip(self._host_steps, self._layout.holders, strict=True) if k == holder]
-        self.state[self._layout.tensors[holder]]["step"] = torch.tensor(float(max(steps)))
+            self._count_held(layers, self._host_steps)
 
     def _adamw(self, group: Mapping[str, Any], p: list, g: list, m: list, v: list, indices: list[int]) -> None:
         options = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.optim import Optimizer
 
@@ -241,15 +241,25 @@ def _is_number(key: str) -> bool:
     return key not in ("exp_avg", "exp_avg_sq", "anchor", "momentum_buffer")
 
 
-def read_metadata(folder: str | Path) -> Mapping[str, Any]:
-    """What a folder holds: key → size and dtype.
+def open_portable(folder: str | Path) -> tuple[dcp.FileSystemReader, Metadata]:
+    """A folder's reader and its metadata, read once: that of a large checkpoint has an entry per tensor and rank.
 
     Raises:
         PortableStateError: no such folder.
     """
     if not (Path(folder) / ".metadata").is_file():
         raise PortableStateError(f"{folder} holds no portable state: it has no .metadata")
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    reader = dcp.FileSystemReader(folder)
+    return reader, reader.read_metadata()
+
+
+def read_metadata(folder: str | Path) -> Mapping[str, Any]:
+    """What a folder holds: key → size and dtype.
+
+    Raises:
+        PortableStateError: as :func:`open_portable`.
+    """
+    return open_portable(folder)[1].state_dict_metadata
 
 
 def save_portable(optimizer: Optimizer, folder: str | Path, layout: ShardLayout | None = None) -> None:

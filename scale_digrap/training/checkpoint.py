@@ -32,10 +32,11 @@ from scale_digrap.optim.portable import FlatRange, PortableStateError, read_meta
 from scale_digrap.training import manifest
 from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
+from scale_digrap.training.run_folder import CHECKPOINTS, META, STATE
 
 log = logging.getLogger(__name__)
 
-STATE, META, LATEST = "state", "trainer.json", "latest"
+LATEST = "latest"
 _ANCHOR, _BUFFER = "anchor.", "buffer."
 _VERSION = 2
 
@@ -61,6 +62,20 @@ class RunState:
     versions: dict[str, str]
 
 
+def read_meta(path: Path) -> RunState:
+    """A checkpoint's ``trainer.json``.
+
+    Raises:
+        CheckpointError: not there, or of another version.
+    """
+    try:
+        return RunState(**json.loads((path / META).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path / META}: {short(error)}") from None
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
+
+
 class Checkpointer:
     """Writes and reads a run's checkpoints; every method is collective.
 
@@ -81,7 +96,7 @@ class Checkpointer:
         loader: TrainLoader,
     ) -> None:
         self.config, self.options = config, config.checkpoint
-        self.folder = Path(config.run_dir) / "checkpoints"
+        self.folder = Path(config.run_dir) / CHECKPOINTS
         self._engine, self._loaded, self._loader = engine, loaded, loader
         self._optimizer, self._scheduler = optimizer, scheduler
         self.failures = 0
@@ -330,10 +345,7 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
 
     def _load(self, path: Path) -> int:
-        try:
-            state = RunState(**json.loads((path / META).read_text(encoding="utf-8")))
-        except TypeError:
-            raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
+        state = read_meta(path)
         self._check(path, state)
         portable = self._engine.portable(self._optimizer)
         try:

@@ -38,10 +38,11 @@ from scale_digrap.models.loading import (
 )
 from scale_digrap.models.select import match_names
 from scale_digrap.training import run_folder
-from scale_digrap.training.checkpoint import META, STATE, RunState
+from scale_digrap.training.checkpoint import RunState, read_meta
 from scale_digrap.training.deferred import Deferred
 from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
+from scale_digrap.training.run_folder import STATE
 from scale_digrap.training.stored import BUFFER, StoredState
 
 PARAM, ANCHOR = "param", "anchor"
@@ -142,20 +143,6 @@ def export(
         bytes=sum(file.stat().st_size for file in files),
         mixed=len(writing.mixed),
     )
-
-
-def read_meta(path: Path) -> RunState:
-    """A checkpoint's ``trainer.json``.
-
-    Raises:
-        CheckpointError: not there, or of another version.
-    """
-    try:
-        return RunState(**json.loads((path / META).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path / META}: {short(error)}") from None
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
 
 
 def write_template(folder: Path, template: dict[str, Any], base: str, origin: dict[str, Any] | None = None) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.training import manifest
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, STATE, META = "checkpoints", "state", "trainer.json"
+"""In a run's folder; in a checkpoint's."""
 
 
 class RunFolderError(ScaleDigrapError):

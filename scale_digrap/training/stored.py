@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from scale_digrap.optim.portable import PARAM, SCALARS, PortableStateError, read_metadata
+from scale_digrap.optim.portable import PARAM, SCALARS, PortableStateError, open_portable
 from scale_digrap.training.engine import CheckpointError, short
 
 BUFFER = "buffer"
@@ -37,10 +36,7 @@ class StoredState:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            read_metadata(folder)
-            self._reader = dcp.FileSystemReader(folder)
-            # Read once: the metadata of a large checkpoint has an entry per tensor and rank.
-            self._metadata = self._reader.read_metadata()
+            self._reader, self._metadata = open_portable(folder)
         except PortableStateError as error:
             raise CheckpointError(str(error)) from None
         except Exception as error:  # whatever unpickling a damaged file raises

@@ -27,7 +27,7 @@ from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.portable import PortableState
 from scale_digrap.sharding import zero3
-from scale_digrap.sharding.zero import ZeroLayout, prove, read_table
+from scale_digrap.sharding.zero import ZeroLayout, ZeroTable, prove, read_table
 from scale_digrap.training.engine import TrainingError, Update
 from scale_digrap.training.optimizer import build_optimizer
 from scale_digrap.training.ranks import Ranks
@@ -189,11 +189,15 @@ class ZeroEngine(Ranks):
     def portable(self, optimizer: Optimizer) -> PortableState:
         if isinstance(optimizer, AnchoredOptimizer) or self._engine.optimizer is optimizer:
             return PortableState(optimizer)
+        return PortableState(optimizer, self._layout()[1])
+
+    def _layout(self) -> tuple[ZeroTable, ZeroLayout]:
+        """Where the trained parameters lie in the flat masters, for an optimizer that does not know."""
         table = read_table(self._engine)
         names_of = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
         names = [names_of[id(parameter)] for parameter in table.params]
         prove(table, names)
-        return PortableState(optimizer, ZeroLayout(table, names, [False] * len(names), self._engine.optimizer))
+        return table, ZeroLayout(table, names, [False] * len(names), self._engine.optimizer)
 
     def weights_changed(self, model: nn.Module) -> None:
         sdds.refresh_model(self._engine)
@@ -220,10 +224,7 @@ class ZeroEngine(Ranks):
 
     def _masters(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Every trained parameter with its whole fp32 master, one at a time, for any optimizer."""
-        table = read_table(self._engine)
-        names = [f"trained parameter {index}" for index in range(len(table.params))]
-        prove(table, names)
-        layout = ZeroLayout(table, names, [False] * len(names), self._engine.optimizer)
+        table, layout = self._layout()
         for index, parameter in enumerate(table.params):
             yield parameter, layout.full(index, table.flats[table.holders[index]])
 
