@@ -62,13 +62,43 @@ def _add_sources(sources: Subparsers) -> None:
     vqa = sources.add_parser("vqa", help="VQAv2 and its kin: questions and annotations JSON, COCO pictures")
     vqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=Path)
     vqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
-    vqa.add_argument("--images", required=True, metavar="DIR", type=Path)
+    _add_images(vqa)
+    vqa.add_argument(
+        "--only", metavar="FILE", type=Path, help="JSON list of the question_ids to keep, such as VQA-CE's"
+    )
+    vqa.add_argument(
+        "--derived",
+        choices=["edited", "rephrased"],
+        help="the questions were made from VQAv2's: edited (IV-VQA, CV-VQA) or rephrased (VQA-Rephrasings)",
+    )
+    vqa.add_argument("--subset", help="in the pictures' names, such as val2014 (default: as the files say)")
+    _add_drop(vqa)
     _add_writing(vqa, "vqa", grouping=True)
 
     lavis = sources.add_parser("lavis", help="LAVIS annotation lists, such as those of FRAMES-VQA")
     lavis.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
-    lavis.add_argument("--images", required=True, metavar="DIR", type=Path, help="folder that image paths begin in")
+    _add_images(lavis, "folder that image paths begin in")
+    _add_drop(lavis)
     _add_writing(lavis, "lavis", grouping=True)
+
+    textvqa = sources.add_parser("textvqa", help="TextVQA: its JSON, pictures by image_id")
+    textvqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    _add_images(textvqa)
+    _add_drop(textvqa)
+    _add_writing(textvqa, "textvqa", grouping=True)
+
+    vizwiz = sources.add_parser("vizwiz", help="VizWiz: its JSON, one question a picture")
+    vizwiz.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    _add_images(vizwiz)
+    vizwiz.add_argument("--drop-unanswerable", action="store_true", help="leave such questions out, and count them")
+    _add_drop(vizwiz)
+    _add_writing(vizwiz, "vizwiz")
+
+    gqa = sources.add_parser("gqa", help="GQA and GQA-OOD: questions JSON, pictures by imageId")
+    gqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=Path)
+    _add_images(gqa)
+    _add_drop(gqa)
+    _add_writing(gqa, "gqa", grouping=True)
 
     folder = sources.add_parser("image-folder", help="a folder of pictures per class")
     folder.add_argument("folder", metavar="DIR", type=Path)
@@ -77,9 +107,21 @@ def _add_sources(sources: Subparsers) -> None:
 
     lists = sources.add_parser("image-list", help="lists of 'path label' lines, such as DomainNet's")
     lists.add_argument("lists", nargs="+", metavar="LIST.txt", type=Path)
-    lists.add_argument("--images", required=True, metavar="DIR", type=Path, help="folder that paths begin in")
+    _add_images(lists, "folder that paths begin in")
     _add_labelled(lists, "class names, one per line, in the order of their numbers (default: the pictures' folders)")
     _add_writing(lists, "image-list")
+
+
+def _add_images(parser: argparse.ArgumentParser, text: str | None = None) -> None:
+    parser.add_argument("--images", required=True, metavar="DIR", type=Path, help=text)
+
+
+def _add_drop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drop-incomplete",
+        action="store_true",
+        help="leave out questions without text or answers, and count them (default: an error)",
+    )
 
 
 def _add_labelled(parser: argparse.ArgumentParser, classes: str) -> None:

@@ -14,9 +14,12 @@ from scale_digrap.data.describe import as_json, printable, save_image, shard_fig
 from scale_digrap.data.errors import DataError
 from scale_digrap.data.index import Manifest, index_shards
 from scale_digrap.data.repair import REPORT_NAME, repair_shards
+from scale_digrap.data.sources.gqa import read_gqa
 from scale_digrap.data.sources.labelled import QUESTION, read_classes, read_image_folder, read_image_lists
 from scale_digrap.data.sources.lavis import read_lavis
 from scale_digrap.data.sources.records import Source
+from scale_digrap.data.sources.textvqa import read_textvqa
+from scale_digrap.data.sources.vizwiz import read_vizwiz
 from scale_digrap.data.sources.vqa import read_vqa
 from scale_digrap.data.store import MANIFEST_NAME, ShardStore
 from scale_digrap.data.validate import ShardReport, find_shards, validate_shards
@@ -42,15 +45,16 @@ def write(arguments: argparse.Namespace) -> int:
         allow_missing=arguments.allow_missing,
     )
     options.check()
-    written = write_source(
-        _source(arguments), arguments.to, options, workers=arguments.workers, progress=sys.stderr.isatty()
-    )
+    source = _source(arguments)
+    written = write_source(source, arguments.to, options, workers=arguments.workers, progress=sys.stderr.isatty())
     if written.resumed:
         print(f"went on after {written.resumed} shards that an interrupted call had finished")
     print(
         f"{arguments.to}: {len(written.shards)} shards, {written.records} records, {written.samples} samples, "
         f"{_human(written.bytes)}"
     )
+    if source.left_out:
+        print(f"left out: {', '.join(f'{count} questions {reason}' for reason, count in source.left_out.items())}")
     if written.left_out:
         images = len({one["image"] for one in written.left_out})
         print(
@@ -215,9 +219,27 @@ def repair(arguments: argparse.Namespace) -> int:
 
 def _source(arguments: argparse.Namespace) -> Source:
     if arguments.source == "vqa":
-        return read_vqa(arguments.questions, arguments.annotations, arguments.images, grouped=arguments.group)
-    if arguments.source == "lavis":
-        return read_lavis(arguments.annotations, arguments.images, grouped=arguments.group)
+        return read_vqa(
+            arguments.questions,
+            arguments.annotations,
+            arguments.images,
+            grouped=arguments.group,
+            only=arguments.only,
+            derived=arguments.derived,
+            subset=arguments.subset,
+            drop_incomplete=arguments.drop_incomplete,
+        )
+    if arguments.source == "vizwiz":
+        return read_vizwiz(
+            arguments.annotations,
+            arguments.images,
+            drop_unanswerable=arguments.drop_unanswerable,
+            drop_incomplete=arguments.drop_incomplete,
+        )
+    if arguments.source in ("lavis", "textvqa", "gqa"):
+        read = {"lavis": read_lavis, "textvqa": read_textvqa, "gqa": read_gqa}[arguments.source]
+        files = arguments.questions if arguments.source == "gqa" else arguments.annotations
+        return read(files, arguments.images, grouped=arguments.group, drop_incomplete=arguments.drop_incomplete)
     question = arguments.question if arguments.question is not None else QUESTION
     if arguments.source == "image-folder":
         return read_image_folder(arguments.folder, question=question, classes=arguments.classes)

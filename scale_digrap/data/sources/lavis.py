@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
-from scale_digrap.data.sources.records import Question, Source, load_json, string_list, to_records
+from scale_digrap.data.sources.records import Question, Source, image_folder, load_json, string_list, to_source
 
 _ANSWERS = ("answer", "answers")
 _NOT_KEPT = frozenset({"image", "question", *_ANSWERS})
 
 
-def read_lavis(annotations: Sequence[str | Path], images: str | Path, *, grouped: bool = False) -> Source:
+def read_lavis(
+    annotations: Sequence[str | Path], images: str | Path, *, grouped: bool = False, drop_incomplete: bool = False
+) -> Source:
     """The entries of annotation lists.
 
     Args:
@@ -24,20 +26,20 @@ def read_lavis(annotations: Sequence[str | Path], images: str | Path, *, grouped
             (or ``answers``) a string or a list of them. Other fields are kept.
         images: folder that the paths begin in.
         grouped: all questions about the same images in one record.
+        drop_incomplete: see `records.to_source`.
 
     Raises:
         ShardWriteError: files of another form.
     """
-    folder = Path(images)
-    if not folder.is_dir():
-        raise ShardWriteError(f"no such image folder: {folder}")
+    folder = image_folder(images)
     found: list[Question] = []
     for file in annotations:
         content = load_json(file)
         if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
             raise ShardWriteError(f"{file}: expected a list of entries (image, question, question_id, answer)")
         found += [_question(entry, folder, file, number) for number, entry in enumerate(content)]
-    return Source(f"lavis: {', '.join(Path(file).name for file in annotations)}", to_records(found, grouped=grouped))
+    description = f"lavis: {', '.join(Path(file).name for file in annotations)}"
+    return to_source(description, found, grouped=grouped, drop_incomplete=drop_incomplete)
 
 
 def _question(entry: dict[str, Any], folder: Path, file: str | Path, number: int) -> Question:

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError, encode_json
 
 _LONGEST_KEY = 80
+_NO_TEXT, _NO_ANSWERS = "without text", "without answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All records of a data set, in its own order, and the names of its classes if it has any."""
+    """All records of a data set, in its own order, the names of its classes if it has any, and what was left out on
+    request: reason → questions."""
 
     description: str
     records: list[Record]
     classes: list[str] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,42 @@ class Question:
     identity: str
     images: tuple[str, ...]
     content: dict[str, Any]
+
+
+def to_source(
+    description: str,
+    questions: Sequence[Question],
+    *,
+    grouped: bool,
+    shared: Sequence[str] = (),
+    drop_incomplete: bool = False,
+    left_out: Mapping[str, int] | None = None,
+) -> Source:
+    """A source of questions.
+
+    Args:
+        description: of where they come from; what is left out is added to it, and so to ``written.json``.
+        questions, grouped, shared: as `to_records`.
+        drop_incomplete: leave out questions without text or without answers, and count them, instead of refusing them.
+        left_out: reason → questions that the caller has left out already.
+
+    Raises:
+        ShardWriteError: as `to_records`.
+    """
+    left = Counter(left_out or {})
+    if drop_incomplete:
+        kept = []
+        for question in questions:
+            reason = _incomplete(question.content)
+            left[reason] += 1
+            if not reason:
+                kept.append(question)
+        questions = kept
+        del left[""]
+    left_out = {reason: count for reason, count in left.items() if count}
+    if left_out:
+        description += "; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    return Source(description, to_records(questions, grouped=grouped, shared=shared), left_out=left_out)
 
 
 def to_records(questions: Sequence[Question], *, grouped: bool, shared: Sequence[str] = ()) -> list[Record]:
@@ -105,10 +144,24 @@ def check_content(identity: str, content: dict[str, Any]) -> None:
         ShardWriteError: no text, or no answers, or answers that are not strings.
     """
     question, answers = content.get("question"), content.get("answers")
+    incomplete = _incomplete(content)
+    if incomplete == _NO_TEXT:
+        raise ShardWriteError(
+            f"question {identity}: its text must not be empty, got {question!r}. --drop-incomplete leaves such ones out"
+        )
+    if incomplete or not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ShardWriteError(
+            f"question {identity}: needs a list of one or more answers, got {answers!r}. --drop-incomplete leaves out "
+            "those that have none"
+        )
+
+
+def _incomplete(content: dict[str, Any]) -> str:
+    """What a question lacks, "" if nothing."""
+    question, answers = content.get("question"), content.get("answers")
     if not isinstance(question, str) or not question.strip():
-        raise ShardWriteError(f"question {identity}: its text must not be empty, got {question!r}")
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ShardWriteError(f"question {identity}: needs a list of one or more answers, got {answers!r}")
+        return _NO_TEXT
+    return _NO_ANSWERS if isinstance(answers, list) and not answers else ""
 
 
 def unique_keys(names: Sequence[str], identities: Sequence[str] | None = None) -> list[str]:
@@ -139,6 +192,49 @@ def load_json(path: str | Path) -> Any:
             return json.load(file)
     except (OSError, ValueError) as error:
         raise ShardWriteError(f"cannot read {path}: {error}") from None
+
+
+def load_entries(path: str | Path, name: str = "") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The entries of a JSON file: those of its list, or of the list under `name` in its object.
+
+    Returns:
+        The entries, and what else the object holds.
+
+    Raises:
+        ShardWriteError: the file cannot be read or has another form.
+    """
+    content = load_json(path)
+    head: dict[str, Any] = {}
+    if name and isinstance(content, dict):
+        head = {key: value for key, value in content.items() if key != name}
+        content = content.get(name)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        expected = f"a list of {name}, or an object with one under {name!r}" if name else "a list of entries"
+        raise ShardWriteError(f"{path}: expected {expected}")
+    return content, head
+
+
+def required(entry: dict[str, Any], name: str, file: str | Path) -> Any:
+    """A field of an entry.
+
+    Raises:
+        ShardWriteError: the entry lacks it.
+    """
+    if name not in entry:
+        raise ShardWriteError(f"{file}: an entry lacks {name!r} (it has {', '.join(entry) or 'nothing'})")
+    return entry[name]
+
+
+def image_folder(path: str | Path) -> Path:
+    """A folder that pictures lie in.
+
+    Raises:
+        ShardWriteError: there is none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ShardWriteError(f"no such image folder: {folder}")
+    return folder
 
 
 def string_list(answers: Any, take: Callable[[Any], Any] = lambda answer: answer) -> list[str] | None:

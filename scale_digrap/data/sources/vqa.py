@@ -1,23 +1,44 @@
 """The VQA datasets' own files (visualqa.org): a questions JSON and an annotations JSON over COCO pictures.
 
-VQAv2, VQA-CP (lists with a ``coco_split`` in every entry), VQA-Rephrasings, AdVQA, OK-VQA and others share the form.
+VQAv2, VQA-CP v2 (lists with a ``coco_split`` in every entry), AdVQA and OK-VQA share the form; VQA-CE is a list of
+question_ids of VQAv2. Three sets that were derived from VQAv2's validation set have it too, but their question_ids are
+not unique (see `DERIVED`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
-from scale_digrap.data.sources.records import Question, Source, load_json, string_list, to_records
+from scale_digrap.data.sources.records import (
+    Question,
+    Source,
+    image_folder,
+    load_entries,
+    load_json,
+    required,
+    string_list,
+    to_source,
+)
 
 _SHARED = ("image_id", "coco_split", "data_subtype")
 _NOT_KEPT = frozenset({"answers", "question", "image"})
+_SUBSET = re.compile(r"(?:train|val|test)20\d\d")
 
 
 def read_vqa(
-    questions: Sequence[str | Path], annotations: Sequence[str | Path], images: str | Path, *, grouped: bool = False
+    questions: Sequence[str | Path],
+    annotations: Sequence[str | Path],
+    images: str | Path,
+    *,
+    grouped: bool = False,
+    only: str | Path | None = None,
+    derived: str | None = None,
+    subset: str | None = None,
+    drop_incomplete: bool = False,
 ) -> Source:
     """Questions with the annotations of the same ``question_id``.
 
@@ -29,49 +50,81 @@ def read_vqa(
         images: folder with ``COCO_train2014_000000000009.jpg``, the same in ``train2014/``, or COCO 2017's
             ``000000000009.jpg``.
         grouped: all questions about a picture in one record.
+        only: JSON file with the question_ids to keep: a list of them (VQA-CE's ``counterexamples.json``), or entries
+            with a ``question_id`` each.
+        derived: ``edited`` or ``rephrased``, see `DERIVED`: question_ids are made unique, and the records keep
+            ``original_question_id`` and ``original_image_id`` of the question that theirs was made from.
+        subset: COCO's subset in the pictures' names, instead of the one that the files name.
+        drop_incomplete: see `records.to_source`.
 
     Raises:
-        ShardWriteError: files of another form, a question without annotation or the reverse.
+        ShardWriteError: files of another form, a question without annotation or the reverse, an id in `only` that no
+            question has.
     """
+    kept = None if only is None else _ids(only)
+    if derived is not None and derived not in DERIVED:
+        raise ShardWriteError(f"derived must be one of {', '.join(DERIVED)}, got {derived!r}")
+    pair = _pair if derived is not None else _question_id
     annotated: dict[str, dict[str, Any]] = {}
+    total = 0
     for file in annotations:
-        for entry, _ in _entries(file, "annotations"):
-            identity = str(_field(entry, "question_id", file))
+        for entry in load_entries(file, "annotations")[0]:
+            identity = pair(entry, file)
             if identity in annotated:
-                raise ShardWriteError(f"{file}: question_id {identity} is annotated twice")
+                raise ShardWriteError(
+                    f"{file}: question_id {identity} is annotated twice{_HINT if not derived else ''}"
+                )
             annotated[identity] = entry
-    finder = _Finder(Path(images))
+            total += 1
+    finder = _Finder(image_folder(images))
     found: list[Question] = []
     seen: set[str] = set()
-    total = len(annotated)
     for file in questions:
-        for entry, subset in _entries(file, "questions"):
-            identity = str(_field(entry, "question_id", file))
+        entries, head = load_entries(file, "questions")
+        part = subset or str(head.get("data_subtype") or _subset_of(file))
+        for entry in entries:
+            identity = pair(entry, file)
             if identity in seen:
-                raise ShardWriteError(f"{file}: question_id {identity} is asked twice; are two of the files the same?")
+                raise ShardWriteError(
+                    f"{file}: question_id {identity} is asked twice; are two of the files the same?"
+                    f"{_HINT if not derived else ''}"
+                )
             seen.add(identity)
+            if kept is not None and str(entry["question_id"]) not in kept:
+                annotated.pop(identity, None)
+                continue
             annotation = annotated.pop(identity, None)  # VQAv2's would otherwise be in memory twice
             if annotation is None:
                 raise ShardWriteError(
                     f"{file}: question_id {identity} has no annotation (test sets have none and cannot be written); "
                     f"annotations read: {total} from {', '.join(map(str, annotations))}"
                 )
-            found.append(_question(identity, entry, annotation, finder, entry.get("coco_split", subset), file))
+            found.append(_question(entry, annotation, finder, subset or entry.get("coco_split", part), file, derived))
     if annotated:
         raise ShardWriteError(
             f"{len(annotated)} annotations belong to no question, such as question_id {next(iter(annotated))}: "
             "is a questions file missing?"
         )
-    return Source(
-        f"vqa: {', '.join(Path(file).name for file in questions)}",
-        to_records(found, grouped=grouped, shared=_SHARED),
-    )
+    description = f"vqa: {', '.join(Path(file).name for file in questions)}"
+    if kept is not None:
+        description += f", the {len(found)} of {Path(str(only)).name}"
+        _check_kept(kept, found, only)
+    return to_source(description, found, grouped=grouped, shared=_SHARED, drop_incomplete=drop_incomplete)
+
+
+_HINT = " (VQA-Rephrasings, IV-VQA and CV-VQA repeat ids: --derived rephrased or edited tells them apart)"
 
 
 def _question(
-    identity: str, entry: dict[str, Any], annotation: dict[str, Any], finder: _Finder, subset: str, file: str | Path
+    entry: dict[str, Any],
+    annotation: dict[str, Any],
+    finder: _Finder,
+    subset: str,
+    file: str | Path,
+    derived: str | None,
 ) -> Question:
-    if str(annotation.get("image_id", entry.get("image_id"))) != str(_field(entry, "image_id", file)):
+    identity = str(entry["question_id"])
+    if str(annotation.get("image_id", entry.get("image_id"))) != str(required(entry, "image_id", file)):
         raise ShardWriteError(
             f"{file}: question_id {identity} is about image {entry['image_id']}, its annotation about image "
             f"{annotation['image_id']}: the files do not belong together"
@@ -79,17 +132,88 @@ def _question(
     answers = string_list(annotation.get("answers"), lambda one: one["answer"] if isinstance(one, dict) else one)
     if answers is None:
         raise ShardWriteError(f"{file}: the annotation of question_id {identity} has no list of answers")
-    extra = {name: value for name, value in {**annotation, **entry}.items() if name not in _NOT_KEPT}
-    content = {**extra, "question_id": identity, "question": entry.get("question"), "answers": answers}
+    content = {name: value for name, value in {**annotation, **entry}.items() if name not in _NOT_KEPT}
+    if derived is not None:
+        content |= DERIVED[derived](content, file)
+        identity = content["question_id"]
+    content |= {"question_id": identity, "question": entry.get("question"), "answers": answers}
     return Question(identity, (finder.path(entry["image_id"], subset),), content)
+
+
+def _edited(content: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
+    """IV-VQA and CV-VQA (Agarwal et al., CVPR 2020): a question is asked again about each edit of its picture, whose
+    ``image_id`` is ``ORIGINAL_REMOVED``, both of twelve digits."""
+    identity, image = str(content["question_id"]), str(content["image_id"])
+    original, _, removed = image.partition("_")
+    if not original.isdecimal() or not removed:
+        raise ShardWriteError(
+            f"{file}: image_id {image!r} of question_id {identity} is not that of an edited picture "
+            "(000000262148_000000000005)"
+        )
+    return {
+        "question_id": identity if "-" in identity else f"{identity}-{removed.lstrip('0') or '0'}",
+        "original_question_id": identity.partition("-")[0],
+        "original_image_id": int(original),
+    }
+
+
+def _rephrased(content: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
+    """VQA-Rephrasings (Shah et al., CVPR 2019): originals and, with ``rephrasing_of``, their rephrasings, whose ids
+    (ten times the original's, plus a number) are those of other originals."""
+    identity = str(content["question_id"])
+    if "rephrasing_of" not in content:
+        return {"question_id": identity}
+    original = str(content["rephrasing_of"])
+    return {"question_id": f"{original}-{identity}", "original_question_id": original}
+
+
+DERIVED: Mapping[str, Callable[[Mapping[str, Any], str | Path], dict[str, Any]]] = {
+    "edited": _edited,
+    "rephrased": _rephrased,
+}
+"""Sets whose question_ids are those of the questions that they were made from, or collide with them."""
+
+
+def _question_id(entry: dict[str, Any], file: str | Path) -> str:
+    return str(required(entry, "question_id", file))
+
+
+def _pair(entry: dict[str, Any], file: str | Path) -> str:
+    """What an entry of a derived set is known by in both files."""
+    return f"{_question_id(entry, file)} about image {required(entry, 'image_id', file)}"
+
+
+def _ids(file: str | Path) -> set[str]:
+    content = load_json(file)
+    if isinstance(content, dict):
+        content = next(
+            (content[name] for name in ("annotations", "questions", "question_ids") if name in content), None
+        )
+    if not isinstance(content, list) or not content:
+        raise ShardWriteError(f"{file}: expected a list of question_ids, or of entries that have one")
+    return {str(required(one, "question_id", file) if isinstance(one, dict) else one) for one in content}
+
+
+def _check_kept(kept: set[str], found: Sequence[Question], file: str | Path | None) -> None:
+    absent = kept - {str(question.content.get("original_question_id", question.identity)) for question in found}
+    absent -= {question.identity for question in found}
+    if absent:
+        raise ShardWriteError(
+            f"{len(absent)} of {len(kept)} question_ids in {file} belong to no question that was read, such as "
+            f"{min(absent)}: is it the list of another version or split?"
+        )
+
+
+def _subset_of(file: str | Path) -> str:
+    """The subset in the name of a file that does not say it inside."""
+    found = _SUBSET.search(Path(file).name)
+    return found.group() if found else ""
 
 
 class _Finder:
     """Where the picture of an image_id lies: the naming that the first one found has is tried first."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ShardWriteError(f"no such image folder: {folder}")
         self._folder = folder
         self._patterns = ["COCO_{subset}_{name}.jpg", "{subset}/COCO_{subset}_{name}.jpg", "{name}.jpg"]
         self._patterns += ["{subset}/{name}.jpg", "{name}"]
@@ -111,21 +235,3 @@ class _Finder:
                 return str(path)
         # Missing pictures are counted, and named, when all are known.
         return str(self._folder / self._patterns[0].format(subset=subset, name=name))
-
-
-def _entries(file: str | Path, name: str) -> list[tuple[dict[str, Any], str]]:
-    """The entries of a file, each with the COCO subset that the file is about."""
-    content = load_json(file)
-    subset = ""
-    if isinstance(content, dict):
-        subset = str(content.get("data_subtype", ""))
-        content = content.get(name)
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise ShardWriteError(f"{file}: expected a list of {name}, or an object with one under {name!r}")
-    return [(entry, subset) for entry in content]
-
-
-def _field(entry: dict[str, Any], name: str, file: str | Path) -> Any:
-    if name not in entry:
-        raise ShardWriteError(f"{file}: an entry lacks {name!r} (it has {', '.join(entry) or 'nothing'})")
-    return entry[name]
