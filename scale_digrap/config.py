@@ -456,7 +456,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     merged: Any = OmegaConf.create({})
     if path is not None:
-        merged = _read_yaml(Path(path))
+        merged = read_yaml(Path(path))
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not key:
@@ -477,16 +477,24 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    _check_keys(values, Config, ())
+    config: Config = read_structured(values, Config)
+    validate(config)
+    return config
+
+
+def read_structured(values: dict[str, Any], schema: type) -> Any:
+    """An object of a dataclass with default values for all its fields, from nested dictionaries; types are checked.
+
+    Raises:
+        ConfigError: unknown or mistyped key, wrong type.
+    """
+    _check_keys(values, schema, (), schema)
     try:
-        node = OmegaConf.merge(OmegaConf.structured(Config), values)
-        config: Config = OmegaConf.to_object(node)  # type: ignore[assignment]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         place = f"{key}: " if key else ""
         raise ConfigError(f"{place}{_first_line(error)}") from None
-    validate(config)
-    return config
 
 
 def config_to_yaml(config: Config) -> str:
@@ -645,7 +653,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not valid YAML, no mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"configuration file {str(path)!r} does not exist")
     try:
@@ -657,30 +670,31 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _check_keys(values: Any, schema: type, prefix: tuple[str, ...]) -> None:
-    """Raise for the first key of ``values`` that ``schema`` does not know, with the nearest one that it does."""
+def _check_keys(values: Any, schema: type, prefix: tuple[str, ...], root: type) -> None:
+    """Raise for the first key of ``values`` that ``schema`` does not know, with the nearest one that it does, or that
+    another section of ``root`` does."""
     if not isinstance(values, dict):
         raise ConfigError(f"{'.'.join(prefix)} is a section with keys {_names(schema)}, got the value {values!r}")
     hints = get_type_hints(schema)
     for key, value in values.items():
         path = (*prefix, str(key))
         if key not in hints:
-            raise ConfigError(f"unknown key {'.'.join(path)!r}{_suggest_key(str(key), schema, prefix)}")
+            raise ConfigError(f"unknown key {'.'.join(path)!r}{_suggest_key(str(key), schema, prefix, root)}")
         kind: Any = hints[key]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            _check_keys(value, kind, path)
+            _check_keys(value, kind, path, root)
         elif get_origin(kind) is dict and isinstance(value, dict) and dataclasses.is_dataclass(get_args(kind)[1]):
             item = get_args(kind)[1]
             for name, entry in value.items():
-                _check_keys(entry, item, (*path, str(name)))
+                _check_keys(entry, item, (*path, str(name)), root)
 
 
-def _suggest_key(key: str, schema: type, prefix: tuple[str, ...]) -> str:
+def _suggest_key(key: str, schema: type, prefix: tuple[str, ...], root: type) -> str:
     """Nearest key of this section; failing that, the same key in another section."""
     here = difflib.get_close_matches(key, _names(schema), n=1, cutoff=0.6)
     if here:
         return f" (did you mean {'.'.join((*prefix, here[0]))!r}?)"
-    elsewhere = [path for path in _all_paths(Config) if path.rsplit(".", 1)[-1] == key]
+    elsewhere = [path for path in _all_paths(root) if path.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f" (did you mean {elsewhere[0]!r}?)"
     return f"; {'.'.join(prefix) or 'the top level'} has {', '.join(_names(schema))}"
