@@ -25,24 +25,27 @@ class EvalBatch:
     """One evaluation batch of one rank.
 
     Attributes:
-        samples: ``batch_size`` samples.
+        samples: ``batch_size`` samples; fewer at the end where the loader does not fill up.
         inputs: what ``collate`` made of them.
-        valid: bool [batch_size]; False marks a sample that only keeps the ranks in step: do not count it.
+        valid: bool [samples]; False marks a sample that only keeps the ranks in step: do not count it.
         errors: samples of this batch that could not be decoded. They have an invalid stand-in each in ``samples`` and
             are never substituted in a score: it is up to the caller to count them as wrong or to stop.
+        indices: of the samples in the data set; -1 for what fills up.
     """
 
     samples: list[VqaSample]
     inputs: Any
     valid: torch.Tensor
     errors: list[BadSample] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
 
 
 class EvalLoader:
     """Every sample exactly once over all ranks, in order, with the same number of batches on every rank.
 
     The last batches are filled up with repeats that ``batch.valid`` marks: sharded models need every rank in every
-    forward pass. Fewer samples than ranks, one, or none at all are fine.
+    forward pass. Where each rank has a whole model, ``fill_up=False`` leaves them as short as they are, and a rank
+    whose turn does not come again without one. Fewer samples than ranks, one, or none at all are fine.
 
     Args:
         shards: shard patterns, or a data set.
@@ -51,9 +54,12 @@ class EvalLoader:
         collate: called with ``batch_size`` samples, for :attr:`EvalBatch.inputs`.
         workers: loader processes; 0 loads in the calling process.
         timeout_s: longest wait for a batch; 0 waits for ever.
+        indices: numbers of the samples that are wanted, int64 [n], strictly increasing, the same on every rank; all by
+            default. What an interrupted evaluation has not done yet can so be dealt out anew to any ranks.
+        fill_up: give every rank the same number of full batches.
 
     Raises:
-        DataError: see :class:`ShardDataset`; also ``batch_size`` or ranks that make no sense.
+        DataError: see :class:`ShardDataset`; also ``batch_size``, ranks or ``indices`` that make no sense.
     """
 
     def __init__(
@@ -66,9 +72,15 @@ class EvalLoader:
         collate: Callable[[list[VqaSample]], Any],
         workers: int = 0,
         timeout_s: float = 600.0,
+        indices: np.ndarray | Sequence[int] | None = None,
+        fill_up: bool = True,
     ) -> None:
         check_ranks(batch_size, dp_rank, dp_world_size)
         self.dataset = shards if isinstance(shards, ShardDataset) else ShardDataset(shards)
+        self._wanted = None if indices is None else _check_indices(indices, len(self.dataset))
+        self.total = len(self.dataset) if self._wanted is None else len(self._wanted)
+        """Samples of all ranks together."""
+        self.fill_up = fill_up
         self.batch_size, self.dp_rank, self.dp_world_size = batch_size, dp_rank, dp_world_size
         self.errors = 0
         """Samples of this rank that could not be decoded, in the present iteration."""
@@ -76,8 +88,10 @@ class EvalLoader:
         self._seen = self._sum = 0
 
     def __len__(self) -> int:
-        """Batches of this rank, which is the number of every rank."""
-        return -(-len(self.dataset) // (self.batch_size * self.dp_world_size))
+        """Batches of this rank, which is the number of every rank where they are filled up."""
+        batches = -(-self.total // self.batch_size)
+        mine = 0 if self.fill_up else self.dp_rank
+        return -(-max(0, batches - mine) // self.dp_world_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
         self._seen = self._sum = self.errors = 0
@@ -85,6 +99,7 @@ class EvalLoader:
             if fetched.error is not None:
                 raise fetched.error
             delivered = [index for index in indices if index >= 0]
+            fetched.batch.indices = list(indices)
             self._seen += len(delivered)
             self._sum += int(_hashes(np.array(delivered, dtype=np.uint64)).sum())
             self.errors += len(fetched.batch.errors)
@@ -111,9 +126,9 @@ class EvalLoader:
                 totals = totals.cuda()
             dist.all_reduce(totals, group=group)
         seen, checksum = totals.tolist()
-        total = len(self.dataset)
+        total = self.total
         steps = range(0, total, 1 << 20)
-        expected = sum(int(_hashes(np.arange(i, min(total, i + (1 << 20)), dtype=np.uint64)).sum()) for i in steps)
+        expected = sum(int(_hashes(self._dealt(i, i + (1 << 20)).astype(np.uint64)).sum()) for i in steps)
         if seen != total * copies or checksum != expected * copies:
             what = (
                 f"{seen // copies} of {total} samples" if seen != total * copies else "some samples twice, others not"
@@ -122,16 +137,21 @@ class EvalLoader:
 
     def _indices(self, look_ahead: bool = False) -> Iterator[list[int]]:
         """This rank's sample indices, batch by batch; -1 fills up."""
-        total = len(self.dataset)
         for number in range(len(self)):
             first = (number * self.dp_world_size + self.dp_rank) * self.batch_size
-            if look_ahead and self.dataset.remote and first < total:
-                shard, _ = self.dataset.place(first)
+            mine = self._dealt(first, first + self.batch_size).tolist()
+            if look_ahead and self.dataset.remote and mine:
+                shard, _ = self.dataset.place(mine[0])
                 coming = range(shard, min(shard + 3, len(self.dataset.urls)))
                 self.dataset.store.prefetch(
                     [self.dataset.urls[i] for i in coming], [self.dataset.line(i) for i in coming]
                 )
-            yield [position if position < total else -1 for position in range(first, first + self.batch_size)]
+            yield mine + [-1] * (self.batch_size - len(mine) if self.fill_up else 0)
+
+    def _dealt(self, first: int, end: int) -> np.ndarray:
+        """Sample indices of positions in what is dealt out, int64."""
+        end = min(end, self.total)
+        return np.arange(first, max(first, end)) if self._wanted is None else self._wanted[first:end]
 
 
 class _Evaluation:
@@ -175,6 +195,15 @@ def check_ranks(batch_size: int, dp_rank: int, dp_world_size: int) -> None:
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= dp_rank < dp_world_size:
         raise DataError(f"dp_rank must be in [0, dp_world_size), got {dp_rank} of {dp_world_size}")
+
+
+def _check_indices(indices: np.ndarray | Sequence[int], total: int) -> np.ndarray:
+    wanted = np.asarray(indices, dtype=np.int64)
+    if wanted.ndim != 1 or (len(wanted) > 1 and int(np.diff(wanted).min()) <= 0):
+        raise DataError("indices must be one strictly increasing list: every sample comes at most once")
+    if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < total):
+        raise DataError(f"indices must be in [0, {total}), got {int(wanted[0])} to {int(wanted[-1])}")
+    return wanted
 
 
 def _hashes(indices: np.ndarray) -> np.ndarray:

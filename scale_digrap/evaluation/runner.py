@@ -1,77 +1,81 @@
 """Distributed evaluation by generation: every question exactly once, whatever the number of ranks.
 
-Ranks share a suite through `EvalLoader`: the same number of batches everywhere, short ranks padded with repeats that
-a mask marks and that are never scored. A sharded model gathers its weights in every forward pass, so all its ranks
-must also take the same number of decoding steps (`synced_gpus`). Records are merged once per suite; between batches a
-replicated model communicates nothing.
+Ranks share a suite through `EvalLoader`. A sharded model gathers its weights in every forward pass, so all its ranks
+take the same number of batches, short ranks with stand-ins that are never scored, and the same number of decoding
+steps (`synced_gpus`). Ranks that have a whole model each take what is theirs and communicate nothing. Neither knows a
+collective of the runner's own while questions are answered: what ranks must tell each other goes through
+:mod:`scale_digrap.evaluation.signals`.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from PIL import Image
+from torch import nn
 
-from scale_digrap.data.loader import EvalLoader, ShardDataset
+from scale_digrap.data.loader import ShardDataset
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.evaluation.batches import Batches, Collator, OpenShards, PreparedBatch, PreparedSuites
+from scale_digrap.evaluation.checks import check_records
+from scale_digrap.evaluation.generation import generating, generation_settings, is_sharded
+from scale_digrap.evaluation.predictions import PartWriter, PredictionFiles
 from scale_digrap.evaluation.records import Record, SuiteResult
 from scale_digrap.evaluation.scorers import scorer
+from scale_digrap.evaluation.signals import EvaluationError, Message, RankFailedError, Signals, StopAsked
 from scale_digrap.evaluation.suites import Suite
-from scale_digrap.evaluation.wise import reshard
-from scale_digrap.sharding.zero3 import is_partitioned
+
+__all__ = [
+    "Collator",
+    "EvaluationError",
+    "PreparedSuites",
+    "RankFailedError",
+    "Record",
+    "StopAsked",
+    "SuiteResult",
+    "Task",
+    "answer",
+    "evaluate",
+    "generation_settings",
+    "prepare",
+]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called on rank 0 after each batch as (suite, batches done, batches in all); all ranks have the same number of
-batches."""
+"""Called on rank 0 after each of its batches as (suite, its batches done, its batches in all)."""
 
 
-OpenShards = Callable[[Sequence[str]], ShardDataset]
+@dataclass(frozen=True)
+class Task:
+    """A suite whose answers go to files."""
 
-
-class EvaluationError(ScaleDigrapError):
-    """An evaluation that could not be finished; raised on every rank alike."""
-
-
-class Collator(Protocol):
-    """What the runner needs of `models.collate.VqaCollator`."""
-
-    pad_id: int
-
-    def generate(self, samples: Sequence[VqaSample]) -> Mapping[str, Tensor]:
-        """Left-padded prompts without answers."""
-        ...
-
-    def decode(self, tokens: Tensor, prompt_length: int) -> list[str]:
-        """Generated texts of [batch, prompt_length + new tokens]."""
-        ...
+    suite: Suite
+    dataset: ShardDataset
+    files: PredictionFiles
+    attempt: int
+    """From `PredictionFiles.begin`."""
+    todo: np.ndarray
+    """Indices that are not answered yet, int64 [n], increasing, the same on every rank."""
 
 
 @dataclass
-class PreparedBatch:
-    """A collated batch together with what scoring needs. `valid` marks the questions that are this rank's and not
-    padding."""
+class _Work:
+    """A suite as the inner loop sees it."""
 
-    inputs: Mapping[str, Tensor]
-    question_ids: list[str]
-    answers: list[list[str]]
-    question_types: list[str | None]
-    valid: list[bool]
-
-
-PreparedSuites = dict[str, list[PreparedBatch]]
-"""Suite name → this rank's batches: made once by `prepare`, used for as many models as share the processor and the
-template."""
+    suite: Suite
+    batches: list[PreparedBatch] | Batches
+    keep: Callable[[list[tuple[int, Record]]], None]
+    seconds: float = 0.0
 
 
 def prepare(
@@ -119,7 +123,7 @@ def evaluate(
     workers: int = 0,
     open_shards: OpenShards = ShardDataset,
 ) -> dict[str, SuiteResult]:
-    """Generate an answer to every question of every suite and score it.
+    """Generate an answer to every question of every suite and score it; nothing is written.
 
     Args:
         model: a Hugging Face model with `generate`: plain, peft, or sharded by FSDP2 or ZeRO-3. Its training mode is
@@ -142,7 +146,8 @@ def evaluate(
 
     Raises:
         EvaluationError: on every rank, if any rank failed: unreadable data, duplicate question ids, another number of
-            questions than expected, an error in the model.
+            questions than expected, an error in the model. A rank that waits inside a sharded model for one that failed
+            ends its process, see :mod:`scale_digrap.evaluation.signals`.
     """
     names = [suite.name for suite in suites]
     if len(set(names)) != len(names):
@@ -150,35 +155,80 @@ def evaluate(
     absent = [name for name in names if prepared is not None and name not in prepared]
     if absent:
         raise EvaluationError(f"suites {absent} were not prepared; prepared: {sorted(prepared or ())}")
-    lockstep = dp_world_size > 1 and any(isinstance(p, DTensor) or is_partitioned(p) for p in model.parameters())
-    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": collator.pad_id}
-    settings |= {"synced_gpus": lockstep, **(generation or {})}
-    share = _Share(dp_rank, dp_world_size, torch.device(device), lockstep)
-
-    results: dict[str, SuiteResult] = {}
-    with _eval_mode(model), _fsdp_generation(model), torch.no_grad():
-        for suite in suites:
-            started = time.perf_counter()
-            batches: list[PreparedBatch] | _Batches
-            if prepared is not None:
-                batches = prepared[suite.name]
-            else:
-                batches = _open(collator, suite, share, batch_size, open_shards, workers)
-            error, records = None, []
-            try:
-                records = _answer(model, collator, suite, batches, settings, share, progress)
-            except _LockstepError:
-                raise
-            except _PeerError:
-                pass  # the rank that failed says why, below
-            except Exception as failure:
-                error = _describe(failure)
-            _raise_together(suite, error, share)
-            if isinstance(batches, _Batches):
-                batches.verify_coverage()
-            merged = _merge(suite, records, share)
-            results[suite.name] = SuiteResult(suite.name, suite.metric, merged, time.perf_counter() - started)
+    share = _Share(dp_rank, dp_world_size, torch.device(device), is_sharded(model) and dp_world_size > 1)
+    found: dict[str, list[tuple[int, Record]]] = {name: [] for name in names}
+    work = []
+    for suite in suites:
+        if prepared is not None:
+            batches: list[PreparedBatch] | Batches = prepared[suite.name]
+        else:
+            batches = _open(collator, suite, share, batch_size, open_shards, workers)
+        work.append(_Work(suite, batches, found[suite.name].extend))
+    settings = {"max_new_tokens": max_new_tokens, **(generation or {})}
+    with Signals(share.rank, share.world_size, lockstep=share.lockstep) as signals:
+        _run(model, collator, work, settings, share, signals, progress=progress)
+    results = {}
+    for item in work:
+        if isinstance(item.batches, Batches):
+            item.batches.verify_coverage()
+        merged = _gather(item.suite, found[item.suite.name], share)
+        results[item.suite.name] = SuiteResult(item.suite.name, item.suite.metric, merged, item.seconds)
     return results
+
+
+def answer(
+    model: nn.Module,
+    collator: Collator,
+    tasks: Sequence[Task],
+    *,
+    signals: Callable[[bool], Signals],
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    generation: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    stop: Callable[[], str | None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Answer what is not answered yet, into files: each batch is on disk before the next one begins.
+
+    Args:
+        model, collator, dp_rank, dp_world_size, device, batch_size, generation, workers, progress: as for `evaluate`.
+        tasks: the same on every rank.
+        signals: makes the ranks' signals, given whether the model is sharded.
+        stop: looked at before each batch; a reason ends the evaluation after that batch.
+
+    Returns:
+        Suite name → seconds on this rank, when all ranks have answered all questions.
+
+    Raises:
+        EvaluationError, StopAsked: on every rank, with everything on disk that was answered.
+    """
+    share = _Share(dp_rank, dp_world_size, torch.device(device), is_sharded(model) and dp_world_size > 1)
+    work = []
+    writers: list[PartWriter] = []
+    for task in tasks:
+        writer = task.files.writer(task.attempt, share.rank)
+        writers.append(writer)
+        batches = Batches(
+            collator,
+            task.dataset,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            batch_size=batch_size,
+            workers=workers,
+            todo=task.todo,
+            fill_up=share.lockstep,
+        )
+        work.append(_Work(task.suite, batches, writer.write))
+    try:
+        with signals(share.lockstep) as told:
+            _run(model, collator, work, generation or {}, share, told, progress=progress, stop=stop)
+    finally:
+        for writer in writers:
+            writer.close()
+    return {item.suite.name: item.seconds for item in work}
 
 
 @dataclass(frozen=True)
@@ -188,66 +238,25 @@ class _Share:
     rank: int
     world_size: int
     device: torch.device | None = None
-    lockstep: bool = False
+    lockstep: bool = True
     """The model is sharded: a rank that stops keeps the others waiting in a collective."""
-
-
-class _PeerError(Exception):
-    """Another rank could not read its next batch."""
-
-
-class _LockstepError(EvaluationError):
-    """The model failed on this rank alone, while the others wait inside it: nothing can be agreed on any more."""
-
-
-class _Batches:
-    """A suite's batches of this rank, decoded and collated one at a time."""
-
-    def __init__(
-        self,
-        collator: Collator,
-        suite: Suite,
-        share: _Share,
-        batch_size: int,
-        open_shards: OpenShards,
-        workers: int,
-    ) -> None:
-        self._loader = EvalLoader(
-            open_shards(suite.shards),
-            batch_size=batch_size,
-            dp_rank=share.rank,
-            dp_world_size=share.world_size,
-            collate=collator.generate,
-            workers=workers,
-        )
-        self.verify_coverage = self._loader.verify_coverage
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[PreparedBatch]:
-        for batch in self._loader:
-            if batch.errors:
-                raise EvaluationError(
-                    f"{batch.errors[0].reason}. A score without it would not be the suite's: repair the shards (find "
-                    "all such samples with `scale-digrap shards validate --decode`)"
-                )
-            yield PreparedBatch(  # without the decoded images, which would double the memory of prepared suites
-                inputs=batch.inputs,
-                question_ids=[sample.question_id for sample in batch.samples],
-                answers=[sample.answers for sample in batch.samples],
-                question_types=[sample.extra.get("question_type") for sample in batch.samples],
-                valid=batch.valid.tolist(),
-            )
 
 
 def _open(
     collator: Collator, suite: Suite, share: _Share, batch_size: int, open_shards: OpenShards, workers: int = 0
-) -> _Batches:
+) -> Batches:
     """Find the suite's shards, or fail on all ranks alike."""
     batches, error = None, None
     try:
-        batches = _Batches(collator, suite, share, batch_size, open_shards, workers)
+        batches = Batches(
+            collator,
+            open_shards(suite.shards),
+            dp_rank=share.rank,
+            dp_world_size=share.world_size,
+            batch_size=batch_size,
+            workers=workers,
+            fill_up=share.lockstep,
+        )
     except Exception as failure:
         error = _describe(failure)
     _raise_together(suite, error, share)
@@ -255,47 +264,69 @@ def _open(
     return batches
 
 
-def _answer(
+def _run(
     model: nn.Module,
     collator: Collator,
-    suite: Suite,
-    batches: Sequence[PreparedBatch] | _Batches,
+    work: Sequence[_Work],
     settings: Mapping[str, Any],
     share: _Share,
-    progress: Progress | None,
-) -> list[Record]:
-    """This rank's records of one suite."""
-    score = scorer(suite.metric)
-    records: list[Record] = []
-    iterator = iter(batches)
-    for done in range(1, len(batches) + 1):
-        batch: PreparedBatch | None = None
-        failure: Exception | None = None
-        try:
-            batch = next(iterator)
-        except Exception as error:
-            failure = error
-        if share.lockstep and isinstance(batches, _Batches) and _anywhere(failure is not None, share):
-            raise failure or _PeerError
-        if failure is not None:
-            raise failure
-        assert batch is not None
-        predictions = _generate(model, collator, batch, settings, suite, share)
-        for index, prediction in enumerate(predictions):
-            if batch.valid[index]:
-                answers = batch.answers[index]
-                records.append(
-                    Record(
-                        question_id=batch.question_ids[index],
-                        prediction=prediction,
-                        answers=answers,
-                        score=score(prediction, answers),
-                        question_type=batch.question_types[index],
-                    )
-                )
-        if progress is not None and share.rank == 0:
-            progress(suite.name, done, len(batches))
-    return records
+    signals: Signals,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], str | None] | None = None,
+) -> None:
+    """The inner loop over all suites. Returns when every rank is through."""
+    settings = {"do_sample": False, "num_beams": 1, **settings}
+    settings |= {"pad_token_id": settings.get("pad_token_id", collator.pad_id), "synced_gpus": share.lockstep}
+    number = 0
+    with generating(model):
+        for item in work:
+            started = time.perf_counter()
+            score = scorer(item.suite.metric)
+            iterator = iter(item.batches)
+            for done in range(1, len(item.batches) + 1):
+                number += 1
+                if stop is not None and (reason := stop()) is not None:
+                    signals.post(Message("stop", reason, number))
+                batch = _next(iterator, collator, item.suite, share, signals, number)
+                predictions = _generate(model, collator, batch, settings, item.suite, share, signals, number)
+                records = [
+                    (batch.indices[i], _record(batch.samples[i], prediction, score))
+                    for i, prediction in enumerate(predictions)
+                    if batch.valid[i]
+                ]
+                _guard(lambda: item.keep(records), item.suite, share, signals, number)  # noqa: B023 (called at once)
+                signals.answered(len(records))
+                if progress is not None and share.rank == 0:
+                    progress(item.suite.name, done, len(item.batches))
+                signals.check(number)
+            item.seconds = time.perf_counter() - started
+        signals.finish()
+
+
+def _next(
+    iterator: Iterator[PreparedBatch], collator: Collator, suite: Suite, share: _Share, signals: Signals, number: int
+) -> PreparedBatch:
+    """The next batch. Without one, a sharded model's rank goes through this batch with a stand-in, so that the others
+    can end it, and all of them stop after it."""
+    try:
+        return next(iterator)
+    except Exception as failure:
+        _log(failure, share)
+        signals.post(_message(failure, suite, share, number))
+        if not share.lockstep:
+            signals.check(number)
+    blank = VqaSample("stand-in", Image.new("RGB", (64, 64)), "?", ["?"], "stand-in")
+    return PreparedBatch(collator.generate([blank]), [blank], [-1], [False])
+
+
+def _guard(action: Callable[[], Any], suite: Suite, share: _Share, signals: Signals, number: int) -> Any:
+    """Do something that only this rank does; if it fails all ranks stop."""
+    try:
+        return action()
+    except Exception as failure:
+        _log(failure, share)
+        raise signals.post(_message(failure, suite, share, number)).exception() from failure
 
 
 def _generate(
@@ -305,26 +336,43 @@ def _generate(
     settings: Mapping[str, Any],
     suite: Suite,
     share: _Share,
+    signals: Signals,
+    number: int,
 ) -> list[str]:
-    inputs = {name: tensor.to(share.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-    try:
+    def generate() -> list[str]:
+        inputs = {name: tensor.to(share.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        if settings["do_sample"]:
+            torch.manual_seed(max(0, batch.indices[0]))  # the same draws in a resumed evaluation
         tokens = model.generate(**inputs, **settings)  # type: ignore[operator]
-    except Exception as error:
-        if not share.lockstep:
-            raise
-        raise _LockstepError(
-            f"rank {share.rank} failed in generation on suite {suite.name!r} while the other ranks go on: {error!r}. "
-            "End this process so that the launcher stops the others"
-        ) from error
-    # A collator may have added a row (VqaCollator.always_image).
-    return collator.decode(tokens[: len(batch.valid)], inputs["input_ids"].shape[1])
+        # A collator may have added a row (VqaCollator.always_image).
+        return collator.decode(tokens[: len(batch.valid)], inputs["input_ids"].shape[1])
+
+    return _guard(generate, suite, share, signals, number)  # type: ignore[no-any-return]
 
 
-def _anywhere(flag: bool, share: _Share) -> bool:
-    """Whether the flag is up on any rank."""
-    total = torch.tensor(int(flag), device=share.device)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return bool(total)
+def _record(sample: VqaSample, prediction: str, score: Callable[[str, Sequence[str]], float]) -> Record:
+    extra = {name: sample.extra.get(name) for name in ("question_type", "answer_type", "image_id")}
+    return Record(
+        question_id=sample.question_id,
+        prediction=prediction,
+        answers=sample.answers,
+        score=score(prediction, sample.answers),
+        **{name: None if value is None else str(value) for name, value in extra.items()},
+    )
+
+
+def _message(failure: Exception, suite: Suite, share: _Share, number: int) -> Message:
+    """A failure as the other ranks are told: what the user can put right, or a fault of the rank's."""
+    own = isinstance(failure, ScaleDigrapError)
+    what = str(failure) if own else f"{type(failure).__name__}: {' '.join(str(failure).split())[:600]}"
+    text = f"evaluation of suite {suite.name!r} failed on rank {share.rank}: {what}"
+    return Message("error" if own else "failure", text, number)
+
+
+def _log(failure: Exception, share: _Share) -> None:
+    """The traceback of what is not the user's to put right: the other ranks are told one line."""
+    if not isinstance(failure, ScaleDigrapError):
+        log.error("rank %d failed", share.rank, exc_info=failure)
 
 
 def _describe(error: Exception) -> str:
@@ -342,59 +390,12 @@ def _raise_together(suite: Suite, error: str | None, share: _Share) -> None:
             raise EvaluationError(f"evaluation of suite {suite.name!r} failed on rank {rank}: {text}")
 
 
-def _merge(suite: Suite, records: list[Record], share: _Share) -> list[Record]:
-    """All ranks' records in order of their question ids, checked for completeness."""
+def _gather(suite: Suite, records: list[tuple[int, Record]], share: _Share) -> list[Record]:
+    """All ranks' records in order of the data set, checked for completeness."""
     parts = [records]
     if share.world_size > 1:
         parts = [[] for _ in range(share.world_size)]
         dist.all_gather_object(parts, records)
-    merged = sorted((record for part in parts for record in part), key=lambda record: record.question_id)
-    if not merged:
-        raise EvaluationError(f"suite {suite.name!r} has no questions: check its shards {list(suite.shards)}")
-    twice = [a.question_id for a, b in pairwise(merged) if a.question_id == b.question_id]
-    if twice:
-        raise EvaluationError(
-            f"suite {suite.name!r}: {len(twice)} question ids occur more than once, first {twice[0]!r}; predictions "
-            "could not be told apart: give every question its own question_id"
-        )
-    if suite.expected is not None and len(merged) != suite.expected:
-        raise EvaluationError(
-            f"suite {suite.name!r} has {len(merged)} questions, expected {suite.expected}: its shards are incomplete "
-            "or of another version"
-        )
+    merged = [record for _, record in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+    check_records(suite, merged)
     return merged
-
-
-@contextmanager
-def _fsdp_generation(model: nn.Module) -> Iterator[None]:
-    """Let FSDP2 gather its root unit for the whole of `generate`, not only for the forward passes in it.
-
-    `generate` runs the vision tower before its first forward pass of the model, and peft's `generate` calls the forward
-    of the model inside the root unit: neither would trigger the root's hooks.
-    """
-    units = [
-        module
-        for module in model.modules()
-        if isinstance(module, FSDPModule) and callable(getattr(module, "generate", None))
-    ]
-    fresh = [module for module in units if "generate" not in vars(module)]
-    for module in fresh:
-        register_fsdp_forward_method(module, "generate")
-    try:
-        yield
-    finally:
-        for module in fresh:
-            del module.generate
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off; afterwards each module in its own mode again, frozen parts included, and the shards in place."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        reshard(model)
-        for module, training in modes:
-            module.training = training
