@@ -1,0 +1,103 @@
+"""Scripts and manifests, rendered from a launch file: what runs, and what is shipped in ``launch/`` to be edited.
+
+The templates are the scripts themselves, with the values of their settings left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from scale_digrap.launch.spec import LaunchConfig
+from scale_digrap.launch.workload import Workload
+
+TEMPLATES = Path(__file__).parent / "templates"
+KINDS = ("job", "jobset", "trainjob")
+
+
+def render(name: str, spec: LaunchConfig, workload: Workload) -> str:
+    """One of the templates, filled in.
+
+    Args:
+        name: ``torchrun.sh``, ``deepspeed.sh``, ``slurm.sbatch`` or ``kubernetes/{job,jobset,trainjob}.yaml``.
+    """
+    return _environment().get_template(name).render(values(spec, workload))
+
+
+def values(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
+    """What the templates are filled in with."""
+    host0 = spec.hosts[0] if spec.hosts else ""
+    return {
+        "name": spec.name,
+        "command": workload.command,
+        "config": workload.config,
+        "overrides": list(workload.overrides),
+        "run_dir": str(workload.run_dir),
+        "nodes": spec.nodes,
+        "processes": spec.processes_per_node,
+        "host0": host0,
+        "port": spec.port,
+        "rendezvous_dir": spec.rendezvous.folder or "",
+        "rendezvous_conf": rendezvous_conf(spec),
+        "restarts": spec.restarts,
+        "stop_within_s": spec.stop_within_s,
+        "preflight": spec.preflight,
+        "python": spec.python,
+        "workdir": spec.workdir or ".",
+        "logs": spec.logs or "",
+        "environment": dict(sorted(spec.environment.items())),
+        "carry": sorted({*spec.carry, *spec.environment}),
+        "launcher": spec.deepspeed.launcher,
+        "hostfile": spec.hostfile or "launch/hostfile",
+        "ssh_options": spec.ssh.options,
+        "slurm": _slurm(spec, workload),
+        "kubernetes": spec.kubernetes,
+    }
+
+
+def rendezvous_conf(spec: LaunchConfig) -> str:
+    """torchrun's ``--rdzv-conf``: a host that is gone is noticed within keep_alive_interval x attempts."""
+    rendezvous = spec.rendezvous
+    settings = {
+        "join_timeout": rendezvous.join_timeout_s,
+        "last_call_timeout": rendezvous.last_call_timeout_s,
+        "keep_alive_interval": rendezvous.keep_alive_interval_s,
+        "keep_alive_max_attempt": rendezvous.keep_alive_attempts,
+        "close_timeout": rendezvous.close_timeout_s,
+        "read_timeout": rendezvous.read_timeout_s,
+    }
+    return ",".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _slurm(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
+    slurm = spec.slurm
+    folder = Path(spec.logs) if spec.logs else workload.run_dir / "logs"
+    container = [f"--container-image={slurm.container}"] if slurm.container else []
+    if slurm.container_mounts:
+        container.append(f"--container-mounts={','.join(slurm.container_mounts)}")
+    return {
+        **vars(slurm),
+        "partition": None if slurm.partition == "default" else slurm.partition,
+        "output": str(folder / ("%x.%A_%a.out" if slurm.array_seeds else "%x.%j.out")),
+        "srun": container,
+    }
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+        comment_start_string="<#",  # "{#" is how bash counts
+        comment_end_string="#>",
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value)) if str(value) else ""
+    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)  # JSON is YAML, quoting and all
+    return environment
