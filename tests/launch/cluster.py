@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.launch import etc
+
 NETWORK = "10.77.0"
 _FIRST = 10
 _POWER_ON_S = 20.0
@@ -177,8 +179,9 @@ class Host:
         """Start the host: nothing runs on it but its init process and, in a cluster with ssh, sshd."""
         assert not self.alive, self.name
         self._init = _Held(
-            ["nsenter", f"--net=/proc/{self._net.pid}/ns/net", "unshare", "--uts", "--pid", "--ipc", "--mount", "--fork",
-             "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", _INIT, "init", self.name, str(self.folder)],
+            ["nsenter", f"--net=/proc/{self._net.pid}/ns/net", "unshare", "--uts", "--pid", "--ipc", "--mount",
+             "--fork", "--kill-child=SIGKILL", "--mount-proc", "bash", "-c", _INIT, "init", self.name,
+             str(self.folder)],
             forks=True,
         )  # fmt: skip
 
@@ -316,9 +319,12 @@ class Cluster:
             for index, name in enumerate(names):
                 (self.folder / name).mkdir()
                 self._all.append(Host(self, index, name))
-            self._write_etc(domain)
+            addresses = {host.name: host.address for host in self._all}
+            etc.write(self.folder, addresses, domain)
             if ssh:
-                self._write_ssh()
+                if shutil.which("sshd", path="/usr/sbin:/usr/bin") is None:
+                    raise ClusterError("ssh between hosts needs sshd (make cluster-tools)")
+                etc.write_ssh(self.folder, addresses)
             for host in self._all:
                 host.power_on()
             if slurm:
@@ -381,47 +387,6 @@ class Cluster:
             process.wait()  # nsenter, whose child went with its host
         self.started = []
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write_etc(self, domain: str | None) -> None:
-        lines = ["127.0.0.1 localhost"]
-        for host in self._all:
-            lines.append(" ".join([host.address, *([f"{host.name}.{domain}"] if domain else []), host.name]))
-        for host in self._all:
-            (host.folder / "hosts").write_text("\n".join(lines) + "\n")
-            (host.folder / "resolv.conf").write_text("")
-            (host.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
-
-    def _write_ssh(self) -> None:
-        if shutil.which("sshd", path="/usr/sbin:/usr/bin") is None:
-            raise ClusterError("ssh between hosts needs sshd (make cluster-tools)")
-        identity = self.folder / "id"
-        _keygen(identity)
-        public: dict[Host, str] = {}
-        for host in self._all:
-            folder = host.folder / "ssh"
-            folder.mkdir()
-            _keygen(folder / "host_key")
-            public[host] = " ".join((folder / "host_key.pub").read_text().split()[:2])
-            shutil.copy(identity, folder / "id")
-            (folder / "id").chmod(0o600)
-            shutil.copy(f"{identity}.pub", folder / "authorized_keys")
-            (folder / "sshd_config").write_text(
-                f"Port 22\nListenAddress {host.address}\nHostKey /etc/ssh/host_key\nPidFile /run/sshd.pid\n"
-                "AuthorizedKeysFile /etc/ssh/authorized_keys\nPermitRootLogin prohibit-password\n"
-                "PasswordAuthentication no\nUsePAM no\nStrictModes no\nMaxStartups 100\n"
-            )
-            (folder / "ssh_config").write_text(
-                "Host *\n  IdentityFile /etc/ssh/id\n  IdentitiesOnly yes\n  GlobalKnownHostsFile /etc/ssh/known_hosts\n"
-                "  UserKnownHostsFile /dev/null\n  StrictHostKeyChecking yes\n  BatchMode yes\n  ConnectTimeout 5\n"
-            )
-        known = "".join(f"{host.name},{host.address} {key}\n" for host, key in public.items())
-        for host in self._all:
-            (host.folder / "ssh" / "known_hosts").write_text(known)
-
-
-def _keygen(path: Path) -> None:
-    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "cluster", "-f", str(path)]
-    subprocess.run(command, check=True, timeout=30, stdin=subprocess.DEVNULL)
 
 
 def _in_network(pid: int, command: Sequence[str]) -> None:

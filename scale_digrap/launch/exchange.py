@@ -1,0 +1,305 @@
+"""The hosts among themselves before a run: who is there, reports, clocks, links, all-reduce. Every wait is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.launch.verdict import slow_links
+
+MEET_S = 60.0
+"""Longest wait for what all hosts do at the same time, once they have met."""
+_POLL_S = 0.05
+_MIB = 1 << 20
+_LINK_TIME_S = 0.25
+_RETESTS = 8
+
+
+class PreflightError(ScaleDigrapError):
+    """The hosts cannot be compared: nobody listens, or this one lost the others."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This host among the others.
+
+    Attributes:
+        rank, nodes: which of how many.
+        endpoint: (host, port) where rank 0 listens; None: the store of torchrun's agents.
+        hosts: names by rank, where they are known beforehand.
+    """
+
+    rank: int
+    nodes: int
+    endpoint: tuple[str, int] | None
+    hosts: tuple[str, ...] | None = None
+
+    @property
+    def expected(self) -> list[str]:
+        """Names by rank, or numbers."""
+        return list(self.hosts) if self.hosts else [f"host {rank} of {self.nodes}" for rank in range(self.nodes)]
+
+
+def meet(place: Place, join_timeout_s: float) -> Any:
+    """The store of all hosts.
+
+    Raises:
+        PreflightError: rank 0 cannot listen there, or does not answer in time.
+    """
+    import torch.distributed as dist
+
+    if place.endpoint is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_timeout_s)))
+        return dist.PrefixStore("preflight", store)
+    name, port = place.endpoint
+    if place.rank == 0:
+        _check_port(name, port)
+    else:
+        _knock(place.expected[0], name, port, join_timeout_s)
+    try:
+        return dist.TCPStore(
+            "localhost" if place.rank == 0 else name,
+            port,
+            is_master=place.rank == 0,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=MEET_S),
+        )
+    except (RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise PreflightError(f"cannot meet at {name}:{port}: {text}") from None
+
+
+def _check_port(name: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise PreflightError(
+                f"port {port} of {name} cannot be listened at ({error.strerror}): another job? Choose another one "
+                f"(rendezvous.port in launch.yaml, or --endpoint)"
+            ) from None
+
+
+def _knock(head: str, name: str, port: int, timeout_s: float) -> None:
+    """Wait until rank 0 listens; the last reason why it did not is the one that counts."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((name, port), timeout=3).close()
+            return
+        except socket.gaierror as error:
+            reason = f"its name is not known here ({error.strerror}): check DNS or /etc/hosts"
+        except ConnectionRefusedError:
+            reason = "it is up, but nobody listens there: did the job start on it?"
+        except OSError as error:
+            reason = f"it does not answer ({error.strerror or error}): is it up, is there a firewall between?"
+        if time.monotonic() > deadline:
+            raise PreflightError(
+                f"{socket.gethostname()} could not reach {head} at {name}:{port} for {timeout_s:.0f} s: {reason}"
+            )
+        time.sleep(0.2)
+
+
+class Exchange:
+    """What the hosts tell each other through the store.
+
+    Args:
+        place: this host.
+        store: of :func:`meet`.
+    """
+
+    def __init__(self, place: Place, store: Any) -> None:
+        self.place, self._store = place, store
+        self._present = [True] * place.nodes
+
+    def gather(self, key: str, value: Any, wait_s: float = MEET_S) -> list[Any]:
+        """Every host's value by rank, on all hosts; None for one that told nothing in time: it is not waited for again.
+
+        Raises:
+            PreflightError: rank 0 is gone.
+        """
+        self._store.set(f"{key}/{self.place.rank}", json.dumps(value))
+        if self.place.rank:
+            return json.loads(self._get(f"{key}/all", wait_s + MEET_S))
+        deadline = time.monotonic() + wait_s
+        values: list[Any] = [None] * self.place.nodes
+        missing = [rank for rank, there in enumerate(self._present) if there]
+        while missing and (time.monotonic() < deadline or missing[0] == 0):
+            for rank in list(missing):
+                if self._store.check([f"{key}/{rank}"]):
+                    values[rank] = json.loads(self._store.get(f"{key}/{rank}"))
+                    missing.remove(rank)
+            time.sleep(_POLL_S if missing else 0)
+        for rank in missing:
+            self._present[rank] = False
+        self._store.set(f"{key}/all", json.dumps(values))
+        return values
+
+    def leave(self) -> None:
+        """Rank 0, which keeps the store, goes last."""
+        try:
+            self._store.set(f"left/{self.place.rank}", "1")
+            deadline = time.monotonic() + 5
+            keys = [f"left/{rank}" for rank, there in enumerate(self._present) if there]
+            while self.place.rank == 0 and not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        except RuntimeError:
+            pass  # torchrun's store may be gone already
+
+    def _get(self, key: str, wait_s: float) -> str:
+        try:
+            self._store.wait([key], timedelta(seconds=wait_s))
+            return self._store.get(key).decode()
+        except (RuntimeError, OSError):
+            raise PreflightError(
+                f"{socket.gethostname()} lost {self.place.expected[0]}, or it told nothing for {wait_s:.0f} s: see its "
+                f"output"
+            ) from None
+
+    def clocks(self, now: Callable[[], float] = time.time) -> dict[int, tuple[float, float]]:
+        """On rank 0: rank → (s ahead of rank 0, uncertainty), from the fastest of three questions. Elsewhere empty."""
+        if self.place.rank:
+            for number in range(3):
+                self._get(f"clock/{self.place.rank}/ask{number}", MEET_S)
+                self._store.set(f"clock/{self.place.rank}/told{number}", repr(now()))
+            return {}
+        found = {}
+        for rank in range(1, self.place.nodes):
+            answers = []
+            for number in range(3):
+                before = now()
+                self._store.set(f"clock/{rank}/ask{number}", "")
+                told = float(self._get(f"clock/{rank}/told{number}", MEET_S))
+                after = now()
+                answers.append(((after - before) / 2, told - (before + after) / 2))
+            error, skew = min(answers)
+            found[rank] = (skew, error)
+        return found
+
+
+def network(place: Place, store: Any, device: str, minimum: float) -> tuple[dict[tuple[int, int], float], float]:
+    """Speeds of a ring of links and of an all-reduce; collective over one process per host.
+
+    NCCL between the first GPUs where the run uses GPUs, else gloo.
+
+    Args:
+        place, store: of this host.
+        device: ``training.device``.
+        minimum: links below it (10⁶ bit/s) are measured again, alone.
+
+    Returns:
+        Pair of ranks → 10⁶ bit/s there and back, and 10⁶ bytes/s that an all-reduce takes in.
+
+    Raises:
+        RuntimeError: torch.distributed's, where hosts cannot be connected.
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("network", store),
+        rank=place.rank,
+        world_size=place.nodes,
+        timeout=timedelta(seconds=MEET_S / 2),
+        device_id=where if on_gpu else None,
+    )
+    try:
+        links = _ring(place, where)
+        for pair in slow_links(links, minimum)[:_RETESTS]:
+            # Links are measured side by side; what looks slow gets a second chance alone.
+            links[pair] = max(links[pair], _together(_measure(place.rank, [pair], where))[pair])
+        slowest = min(links.values(), default=8000.0)
+        count = int(min(64 * _MIB, max(_MIB, slowest / 8 * 1e6 * _LINK_TIME_S)))
+        return links, _all_reduce(count, where)
+    finally:
+        dist.destroy_process_group()
+
+
+def _ring(place: Place, where: Any) -> dict[tuple[int, int], float]:
+    """Neighbours, in rounds of pairs that have no host in common: as fast for hundreds of hosts as for four."""
+    nodes = place.nodes
+    pairs = [(rank, rank + 1) for rank in range(nodes - 1)]
+    rounds = [pairs[0::2], pairs[1::2], [(0, nodes - 1)] if nodes > 2 else []]
+    found: dict[tuple[int, int], float] = {}
+    for number in rounds:
+        if number:
+            found |= _together(_measure(place.rank, number, where))
+    return found
+
+
+def _together(mine: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, dict(mine))
+    return {pair: speed for part in parts for pair, speed in part.items()}
+
+
+def _measure(rank: int, pairs: Sequence[tuple[int, int]], where: Any) -> dict[tuple[int, int], float]:
+    """What the first of a pair finds: as many bytes there and back as take about a quarter of a second."""
+    import torch
+    import torch.distributed as dist
+
+    mine = next((pair for pair in pairs if rank in pair), None)
+    if mine is None:
+        return {}
+    first, second = mine
+    peer = second if rank == first else first
+
+    def there_and_back(count: int) -> float:
+        block = torch.zeros(count, dtype=torch.uint8, device=where)
+        _synchronize(where)
+        began = time.perf_counter()
+        for sends in (True, False) if rank == first else (False, True):
+            dist.send(block, peer) if sends else dist.recv(block, peer)
+        _synchronize(where)
+        return time.perf_counter() - began
+
+    there_and_back(_MIB // 16)  # connects
+    rough = there_and_back(_MIB)
+    size = torch.tensor([int(min(256 * _MIB, max(_MIB, _MIB * _LINK_TIME_S / rough)))], device=where)
+    if rank == first:
+        dist.send(size, peer)
+    else:
+        dist.recv(size, peer)
+    seconds = min(there_and_back(int(size)) for _ in range(2))
+    return {mine: 2 * int(size) * 8 / seconds / 1e6} if rank == first else {}
+
+
+def _all_reduce(count: int, where: Any) -> float:
+    import torch
+    import torch.distributed as dist
+
+    block = torch.zeros(count // 4, device=where)
+    best = float("inf")
+    for _ in range(3):
+        dist.barrier()
+        _synchronize(where)
+        began = time.perf_counter()
+        dist.all_reduce(block)
+        _synchronize(where)
+        best = min(best, time.perf_counter() - began)
+    return count / best / 1e6
+
+
+def _synchronize(where: Any) -> None:
+    if where.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(where)
+
+
+def quiet() -> None:
+    """Before torch is imported: its store warns of every attempt to connect."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
