@@ -454,6 +454,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
     """
+    return config_from_dict(read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a YAML file with ``key=value`` overrides applied in order, not yet compared with a schema.
+
+    Raises:
+        ConfigError: unreadable file, an override that is no ``key=value``.
+    """
     merged: Any = OmegaConf.create({})
     if path is not None:
         merged = read_yaml(Path(path))
@@ -468,7 +477,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         except Exception as error:  # a yaml.YAMLError: OmegaConf does not wrap it, and yaml is its dependency, not ours
             raise ConfigError(f"override {item!r} is not valid YAML: {_first_line(error)}") from None
         merged = OmegaConf.merge(merged, update)
-    return config_from_dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

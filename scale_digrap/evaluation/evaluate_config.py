@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from scale_digrap.config import STOP_SIGNALS, ConfigError, DataConfig, read_values, suggest, typed
+from scale_digrap.config import STOP_SIGNALS, ConfigError, DataConfig, read_structured, read_values, suggest
 from scale_digrap.duration import seconds
 from scale_digrap.zero_config import ZeroConfig
 
@@ -187,7 +187,7 @@ def load_evaluate_config(path: str | Path | None = None, overrides: Sequence[str
     Raises:
         ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
     """
-    config = typed(read_values(path, overrides), EvaluateConfig)
+    config: EvaluateConfig = read_structured(read_values(path, overrides), EvaluateConfig)
     validate_evaluate(config)
     return config
 
@@ -244,8 +244,8 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     for section, options in (("leakage", config.leakage), ("shift", config.shift)):
         if options is not None and not options.get("train"):
             raise ConfigError(f"{section}.train is empty: name the training shards, for example [data/train/*.tar]")
-    if config.shift is not None and (name := config.shift.get("model")) is not None and name not in config.models:
-        raise ConfigError(f"shift.model={name!r} is not among models ({', '.join(config.models)})")
+    if config.shift is not None and config.shift.get("model") not in (None, *config.models):
+        raise ConfigError(f"shift.model={config.shift.get('model')!r} is not among models ({', '.join(config.models)})")
 
 
 def _check_models(config: EvaluateConfig) -> None:
