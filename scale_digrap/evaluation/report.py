@@ -53,7 +53,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
         The path of `report.html`. Beside it lie `results.json`, `table.md` and a PNG per figure.
     """
     folder = Path(folder)
-    write_atomically(folder / "results.json", json.dumps(comparison.to_json(), indent=1, ensure_ascii=False))
+    write_atomically(folder / "results.json", json.dumps(comparison.to_json(folder), indent=1, ensure_ascii=False))
     write_atomically(folder / "table.md", markdown_table(comparison))
     images = {name: to_png(figure) for name, figure in figures(comparison).items()}
     for old in (path for pattern in FIGURES for path in folder.glob(f"{pattern}.png")):

@@ -1,109 +1,53 @@
-"""The outcome of several methods on several suites over several seeds, and what can honestly be said about it.
-
-One file per (method, seed), written when that pair is done, so that a killed comparison goes on where it was;
-`Comparison` puts them together.
-"""
+"""The outcome of several methods on several suites over several seeds, and what can honestly be said about it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
-import platform
-import subprocess
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.evaluation.runner import SuiteResult
+from scale_digrap.evaluation.runs import (
+    SCHEMA,
+    Method,
+    MethodRun,
+    ResultsError,
+    check_schema,
+    environment,
+    finite,
+    write_atomically,
+)
 from scale_digrap.evaluation.statistics import (
     Interval,
+    Paired,
+    Units,
     bootstrap_means,
     over_seeds,
-    paired_half_width,
+    paired_bootstrap,
     percentile_interval,
+    units,
 )
-from scale_digrap.evaluation.suites import AVERAGES, Suite
+from scale_digrap.evaluation.suites import AVERAGES, Suite, average_members
 
-SCHEMA = 1
-"""Version of the files written here; another one is refused rather than misread."""
-
-
-class ResultsError(ScaleDigrapError):
-    """Result files that do not belong together or cannot be read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of a comparison."""
-
-    key: str
-    """Short and unique: file names and JSON keys."""
-    label: str
-    """As the reader sees it."""
-    family: str
-    """Methods of one family share a hue in the plots: "base", "full", "lora"."""
-    baseline: str | None = None
-    """Key of the method that this one is compared with, question by question."""
-    variant_of: str | None = None
-    """Key of the method whose trained weights this one starts from: the plots draw it alike."""
-
-
-@dataclass(kw_only=True)
-class MethodRun:
-    """One method with one seed."""
-
-    method: str
-    seed: int
-    suites: dict[str, SuiteResult]
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of "train" and "evaluate"."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """Summary of the training run, free form."""
-    drift: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    """Layer → {"drift", "relative_drift"} at the end of training."""
-    telemetry: list[dict[str, Any]] = field(default_factory=list)
-    """DiGraP's layers over time: [{"step": int, "layers": {name: {"omega": …, "conflict_rate": …}}}]."""
-    fingerprint: str = ""
-    """Of the settings that the numbers depend on; runs with different ones are never mixed."""
-
-    def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        data["schema"] = SCHEMA
-        data["suites"] = {name: result.to_json() for name, result in self.suites.items()}
-        return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MethodRun:
-        if data.get("schema") != SCHEMA:
-            raise ResultsError(f"results of schema {data.get('schema')!r}; this version reads schema {SCHEMA}")
-        fields = {name: value for name, value in data.items() if name != "schema"}
-        fields["suites"] = {name: SuiteResult.from_json(value) for name, value in data["suites"].items()}
-        return cls(**fields)
-
-    def save(self, folder: Path) -> Path:
-        """Write `folder/METHOD-seedN.json` whole or not at all."""
-        path = self.path(folder, self.method, self.seed)
-        write_atomically(path, json.dumps(self.to_json()))
-        return path
-
-    @staticmethod
-    def path(folder: Path, method: str, seed: int) -> Path:
-        return folder / f"{method}-seed{seed}.json"
-
-    @classmethod
-    def load(cls, path: Path) -> MethodRun:
-        try:
-            return cls.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ResultsError(f"{path} is not a result file: {error}; delete it to have it made again") from error
+__all__ = [
+    "SCHEMA",
+    "Cell",
+    "Column",
+    "Comparison",
+    "Method",
+    "MethodRun",
+    "ResultsError",
+    "environment",
+    "finite",
+    "write_atomically",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +58,9 @@ class Column:
     heading: str
     suites: tuple[str, ...]
     is_average: bool
+    group: str
+    """"id", "near", "far", "ood" or "all"."""
+    benchmark: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,21 +71,50 @@ class Cell:
     std: float | None
     """Over seeds; None for one seed or a method that no seed changes."""
     interval: Interval
-    """95 % bootstrap over questions of the score averaged over seeds."""
+    """95 % bootstrap of the score averaged over seeds."""
     best: bool
     """The highest of its column, or not distinguishable from it."""
+    unit: str
+    """What the bootstrap draws: "question", "image" (with all its questions), or both for an average of such suites."""
+
+
+_HEADINGS = {"near": "Near OOD", "far": "Far OOD", "ood": "OOD", "all": "All"}
 
 
 def columns(suites: Sequence[Suite]) -> list[Column]:
-    """Suites by group, then the averages that are not a single suite again."""
-    ordered = [suite for group in ("id", "near", "far") for suite in suites if suite.group == group]
-    result = [Column(suite.name, suite.heading, (suite.name,), False) for suite in ordered]
-    headings = {"near": "Near OOD", "far": "Far OOD", "ood": "OOD", "all": "All"}
-    for name, groups in AVERAGES.items():
-        members = tuple(suite.name for suite in ordered if suite.group in groups)
-        if len(members) > 1:
-            result.append(Column(name, headings[name], members, True))
+    """Per benchmark: ID, near suites and their average, far suites and theirs, then the averages over both. An average
+    of a single suite is not shown again."""
+    members = average_members(suites)
+    benchmarks = list(dict.fromkeys(suite.benchmark for suite in suites))
+    result = []
+    for benchmark in benchmarks:
+        prefix = f"{benchmark or 'custom'}:" if len(benchmarks) > 1 else ""
+        name = f"{(benchmark or 'custom').upper()} " if len(benchmarks) > 1 else ""
+        for group in ("id", *AVERAGES):
+            result += [
+                Column(suite.name, suite.heading, (suite.name,), False, group, benchmark)
+                for suite in suites
+                if suite.group == group and suite.benchmark == benchmark
+            ]
+            averaged = members.get(prefix + group, ())
+            if len(averaged) > 1:
+                result.append(Column(prefix + group, name + _HEADINGS[group], tuple(averaged), True, group, benchmark))
     return result
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One suite's scores of a method, in one order of questions."""
+
+    questions: list[str]
+    per_seed: dict[int, np.ndarray]
+    clusters: np.ndarray | None
+    """Codes of the images, None where they are not known or every question has its own."""
+    metric: str
+
+    @cached_property
+    def units(self) -> Units:
+        return units(np.mean(list(self.per_seed.values()), axis=0), self.clusters)
 
 
 @dataclass
@@ -151,24 +127,65 @@ class Comparison:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     title: str = ""
+    leakage: dict[str, Any] | None = None
+    """What `leakage.check` found, as in its JSON file; None where it was not asked."""
+    shift: dict[str, Any] | None = None
+    """What `shift.shift_scores` measured, as in its JSON file; None where it was not asked."""
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    """Methods to compare besides those with their baselines."""
+    folder: Path | None = None
+    """Where it was loaded from."""
 
     def __post_init__(self) -> None:
+        self._scores_cache: dict[tuple[str, str], _Scores | None] = {}
         self._bootstrap_cache: dict[tuple[str, str], np.ndarray] = {}
-        known = {method.key for method in self.methods}
+        self._difference_cache: dict[tuple[str, str, str], Paired | None] = {}
+        known = {method.key: method for method in self.methods}
+        if len(known) < len(self.methods):
+            raise ResultsError(f"methods with the same key: {[method.key for method in self.methods]}")
         for method in self.methods:
             if method.baseline is not None and method.baseline not in known:
                 raise ResultsError(
                     f"method {method.key!r} is to be compared with {method.baseline!r}, which is not here"
                 )
         seen: set[tuple[str, int]] = set()
+        fingerprints: dict[str, str] = {}
         for run in self.runs:
             if run.method not in known:
                 raise ResultsError(f"results of an unknown method {run.method!r}; methods: {', '.join(sorted(known))}")
             if (run.method, run.seed) in seen:
                 raise ResultsError(f"two results of method {run.method!r} with seed {run.seed}")
             seen.add((run.method, run.seed))
-        if len({run.fingerprint for run in self.runs}) > 1:
-            raise ResultsError("the results come from different settings: start again in an empty folder")
+            if fingerprints.setdefault(known[run.method].source, run.fingerprint) != run.fingerprint:
+                raise ResultsError("the results come from different settings: start again in an empty folder")
+        for suite in self.suites:
+            self.questions(suite.name)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read an evaluation's folder again, with every record.
+
+        Raises:
+            ResultsError: no `results.json`, one of another schema, or a file that it names is missing or damaged.
+        """
+        folder = Path(folder)
+        path = folder / "results.json"
+        if not path.is_file():
+            raise ResultsError(f"{folder} holds no results.json: name the folder of a finished evaluation")
+        try:
+            data = json.loads(path.read_text())
+            check_schema(data, path)
+            suites = [_suite(entry) for entry in data["suites"]]
+            return cls(
+                methods=[Method(**entry) for entry in data["methods"]],
+                suites=suites,
+                runs=[MethodRun.load(folder / entry["file"]) for entry in data["runs"]],
+                pairs=[tuple(pair) for pair in data["pairs"]],
+                folder=folder,
+                **{name: data[name] for name in ("settings", "environment", "title", "leakage", "shift")},
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResultsError(f"{path} is not a results file: {error!r}; repeat the evaluation's command") from error
 
     @property
     def seeds(self) -> list[int]:
@@ -178,40 +195,123 @@ class Comparison:
     def columns(self) -> list[Column]:
         return columns(self.suites)
 
+    def method(self, key: str) -> Method:
+        return next(method for method in self.methods if method.key == key)
+
+    def zero_shot(self, method: Method) -> Method | None:
+        """The published model that a method started from: the first one of the same evaluation."""
+        return next((other for other in self.methods if other.seedless and other.source == method.source), None)
+
     def run(self, method: str, seed: int) -> MethodRun | None:
         return next((run for run in self.runs if run.method == method and run.seed == seed), None)
 
     def runs_of(self, method: str) -> list[MethodRun]:
         return sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed)
 
+    def alpha(self, method: Method) -> float | None:
+        """Weight of the fine-tuned model in a mixture; 0 for the published model, 1 for a trained one."""
+        if method.variant_of is None:
+            return 0.0 if method.seedless else 1.0
+        return next((run.provenance["alpha"] for run in self.runs_of(method.key) if "alpha" in run.provenance), None)
+
     def questions(self, suite: str) -> int | None:
         """Questions of a suite, None where no method answered it."""
         counts = {run.suites[suite].n for run in self.runs if suite in run.suites}
         if len(counts) > 1:
             raise ResultsError(
-                f"suite {suite!r} has {sorted(counts)} questions in different results: not the same data"
+                f"suite {suite!r} has {sorted(counts)} questions in different results: not the same data, so the "
+                "results cannot be compared"
             )
         return counts.pop() if counts else None
 
+    def present(self, method: str, column: Column) -> int:
+        """How many of the column's suites every run of the method has answered."""
+        runs = self.runs_of(method)
+        return sum(all(name in run.suites for run in runs) for name in column.suites) if runs else 0
+
     def values(self, method: str, column: Column) -> list[float] | None:
         """The column's figure per seed, None where a suite is missing from a run or there is no run."""
-        runs = self.runs_of(method)
-        if not runs or any(name not in run.suites for run in runs for name in column.suites):
+        if self.present(method, column) < len(column.suites):
             return None
+        runs = self.runs_of(method)
         return [sum(run.suites[name].accuracy for name in column.suites) / len(column.suites) for run in runs]
 
-    def difference(self, method: str, other: str, column: Column) -> tuple[float, float] | None:
-        """Mean of `method` − `other` on the same questions and seeds, and the half-width of its 95 % interval.
+    def scores(self, method: str, suite: str) -> _Scores | None:
+        """A suite's scores of all seeds, in the question order of the first run that has it; None where it is missing.
 
-        A method with a single run that no seed changes (the zero-shot model) is compared with every seed of the other.
+        Raises:
+            ResultsError: seeds of one method that answered different questions or were scored differently.
         """
-        first, second = self.runs_of(method), self.runs_of(other)
-        pairs = _pair(first, second)
-        if not pairs or any(name not in run.suites for pair in pairs for run in pair for name in column.suites):
+        if (method, suite) not in self._scores_cache:
+            self._scores_cache[method, suite] = self._collect(method, suite)
+        return self._scores_cache[method, suite]
+
+    def _collect(self, method: str, suite: str) -> _Scores | None:
+        runs = self.runs_of(method)
+        if not runs or any(suite not in run.suites for run in runs):
             return None
-        differences = [[_score_difference(a, b, name) for name in column.suites] for a, b in pairs]
-        mean = float(np.mean([np.mean([suite.mean() for suite in seed]) for seed in differences]))
-        return mean, paired_half_width(differences)
+        first = runs[0].suites[suite]
+        questions = [record.question_id for record in first.records]
+        per_seed = {}
+        for run in runs:
+            result = run.suites[suite]
+            scores = np.array(result.scores)
+            ids = [record.question_id for record in result.records]
+            if ids != questions:
+                order = _order(ids, questions)
+                if order is None:
+                    raise ResultsError(
+                        f"suite {suite!r}: the seeds {runs[0].seed} and {run.seed} of {method} answered different "
+                        "questions"
+                    )
+                scores = scores[order]
+            if result.metric != first.metric:
+                raise ResultsError(
+                    f"suite {suite!r}: {method} was scored by {first.metric} with seed {runs[0].seed} and by "
+                    f"{result.metric} with seed {run.seed}"
+                )
+            per_seed[run.seed] = scores
+        images = [record.image_id for record in first.records]
+        clusters = None
+        if None not in images:
+            names, codes = np.unique(np.array(images, dtype=object).astype(str), return_inverse=True)
+            clusters = codes if len(names) < len(images) else None
+        return _Scores(questions, per_seed, clusters, first.metric)
+
+    def difference(self, method: str, other: str, column: Column) -> Paired | None:
+        """`method` − `other` on the same questions and seeds; None where a suite is missing from one of them, or they
+        answered different questions, were scored differently, or have no seed in common.
+
+        A method that no seed changes (the zero-shot model) is compared with every seed of the other.
+        """
+        key = (method, other, column.key)
+        if key not in self._difference_cache:
+            self._difference_cache[key] = self._paired(method, other, column)
+        return self._difference_cache[key]
+
+    def _paired(self, method: str, other: str, column: Column) -> Paired | None:
+        pairs = self._seed_pairs(method, other)
+        differences: list[list[np.ndarray]] = [[] for _ in pairs]
+        clusters = []
+        for name in column.suites:
+            a, b = self.scores(method, name), self.scores(other, name)
+            if a is None or b is None or a.metric != b.metric:
+                return None
+            order = slice(None) if a.questions == b.questions else _order(b.questions, a.questions)
+            if order is None:
+                return None
+            for index, (first, second) in enumerate(pairs):
+                differences[index].append(a.per_seed[first] - b.per_seed[second][order])
+            clusters.append(a.clusters)
+        return paired_bootstrap(differences, clusters) if differences and column.suites else None
+
+    def _seed_pairs(self, method: str, other: str) -> list[tuple[int, int]]:
+        first, second = ([run.seed for run in self.runs_of(key)] for key in (method, other))
+        if self.method(method).seedless and first:
+            return [(first[0], seed) for seed in second]
+        if self.method(other).seedless and second:
+            return [(seed, second[0]) for seed in first]
+        return [(seed, seed) for seed in first if seed in second]
 
     @cached_property
     def table(self) -> dict[str, dict[str, Cell | None]]:
@@ -227,14 +327,17 @@ class Comparison:
             return None
         summary = over_seeds(values)
         means = np.mean([self._bootstrap_means(method, name) for name in column.suites], axis=0)
-        return Cell(summary.mean, summary.std, percentile_interval(means), method in self._best[column.key])
+        scored = [self.scores(method, name) for name in column.suites]
+        unit = "/".join(sorted({"image" if one and one.clusters is not None else "question" for one in scored}))
+        std = None if self.method(method).seedless else summary.std
+        return Cell(summary.mean, std, percentile_interval(means), method in self._best[column.key], unit)
 
     def _bootstrap_means(self, method: str, suite: str) -> np.ndarray:
-        """Over the questions of one suite, which all seeds answer: their scores are averaged over the seeds first."""
+        """Over the units of one suite, which all seeds answer: their scores are averaged over the seeds first."""
         if (method, suite) not in self._bootstrap_cache:
-            scores = np.mean([run.suites[suite].scores for run in self.runs_of(method)], axis=0)
-            seed = [entry.name for entry in self.suites].index(suite)
-            self._bootstrap_cache[method, suite] = bootstrap_means(scores, seed=seed)
+            scores = self.scores(method, suite)
+            assert scores is not None
+            self._bootstrap_cache[method, suite] = bootstrap_means(scores.units, seed=zlib.crc32(suite.encode()))
         return self._bootstrap_cache[method, suite]
 
     @cached_property
@@ -257,12 +360,20 @@ class Comparison:
             if key == top:
                 continue
             difference = self.difference(top, key, column)
-            if difference is not None and difference[0] <= difference[1]:
+            if difference is not None and difference.sign == 0:
                 result.append(key)
         return result
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the single predictions, which are in the files of the runs."""
+    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """Everything but the single predictions, which are in the files of the runs.
+
+        Args:
+            folder: where the JSON will lie: files are named relative to it.
+        """
+
+        def name(path: Path | None) -> str | None:
+            return None if path is None else os.path.relpath(path, folder) if folder else str(path)
+
         return {
             "schema": SCHEMA,
             "title": self.title,
@@ -270,103 +381,73 @@ class Comparison:
             "environment": self.environment,
             "seeds": self.seeds,
             "methods": [asdict(method) for method in self.methods],
+            "pairs": self.pairs,
             "suites": [{**asdict(suite), "questions": self.questions(suite.name)} for suite in self.suites],
             "columns": [asdict(column) for column in self.columns],
             "table": {
                 method: {column: cell and asdict(cell) for column, cell in row.items()}
                 for method, row in self.table.items()
             },
-            "differences": {
-                method.key: {
-                    "baseline": method.baseline,
-                    **{
-                        column.key: difference and {"mean": difference[0], "half_width": difference[1]}
+            "present": {
+                method.key: {column.key: self.present(method.key, column) for column in self.columns}
+                for method in self.methods
+            },
+            "differences": [
+                {
+                    "method": first,
+                    "other": second,
+                    "columns": {
+                        column.key: paired and asdict(paired)
                         for column in self.columns
-                        for difference in [self.difference(method.key, method.baseline, column)]
+                        for paired in [self.difference(first, second, column)]
                     },
                 }
-                for method in self.methods
-                if method.baseline
-            },
+                for first, second in self.compared
+            ],
+            "leakage": self.leakage,
+            "shift": self.shift,
             "runs": [
                 {
                     "method": run.method,
                     "seed": run.seed,
+                    "file": name(run.file),
+                    "provenance": run.provenance,
                     "seconds": run.seconds,
                     "training": run.training,
-                    "accuracy": {name: result.accuracy for name, result in run.suites.items()},
-                    "by_question_type": {name: result.by_question_type() for name, result in run.suites.items()},
+                    "metric": {suite: result.metric for suite, result in run.suites.items()},
+                    "accuracy": {suite: result.accuracy for suite, result in run.suites.items()},
+                    "excluded": {suite: result.excluded for suite, result in run.suites.items()},
+                    "predictions": {
+                        suite: result.predictions and name(Path(result.predictions))
+                        for suite, result in run.suites.items()
+                    },
+                    "by_question_type": {suite: result.by_question_type() for suite, result in run.suites.items()},
+                    "by_answer_type": {suite: result.by_answer_type() for suite, result in run.suites.items()},
                 }
                 for run in self.runs
             ],
         }
 
-
-def _pair(first: Sequence[MethodRun], second: Sequence[MethodRun]) -> list[tuple[MethodRun, MethodRun]]:
-    if len(first) == 1 and len(second) > 1:
-        first = list(first) * len(second)
-    elif len(second) == 1 and len(first) > 1:
-        second = list(second) * len(first)
-    else:
-        seeds = {run.seed: run for run in second}
-        return [(run, seeds[run.seed]) for run in first if run.seed in seeds]
-    return list(zip(first, second, strict=True))
-
-
-def _score_difference(a: MethodRun, b: MethodRun, suite: str) -> np.ndarray:
-    first, second = a.suites[suite].records, b.suites[suite].records
-    if [record.question_id for record in first] != [record.question_id for record in second]:
-        raise ResultsError(f"suite {suite!r}: {a.method} and {b.method} answered different questions")
-    return np.array([x.score - y.score for x, y in zip(first, second, strict=True)])
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """Every pair that is reported: methods with their baselines, then with the zero-shot model, then `pairs`."""
+        pairs = [(method.key, method.baseline) for method in self.methods if method.baseline is not None]
+        for method in self.methods:
+            base = self.zero_shot(method)
+            if base is not None and not method.seedless:
+                pairs.append((method.key, base.key))
+        return list(dict.fromkeys([*pairs, *self.pairs]))
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    versions: dict[str, str | None] = {}
-    for package in ("scale-digrap", "torch", "transformers", "peft", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "commit": _commit(),
-    }
+def _suite(data: Mapping[str, Any]) -> Suite:
+    known = {entry.name for entry in dataclasses.fields(Suite)}
+    fields: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name in known}
+    return Suite(**fields)
 
 
-def _commit() -> str | None:
-    """The commit of this source tree, marked where files differ from it; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+def _order(ids: Sequence[str], wanted: Sequence[str]) -> np.ndarray | None:
+    """Places in `ids` of the `wanted` ones; None where they are not the same set."""
+    places = {name: place for place, name in enumerate(ids)}
+    if len(places) != len(wanted) or any(name not in places for name in wanted):
         return None
-    try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + (" with uncommitted changes" if changes.stdout.strip() else "")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or the next run after a kill, sees it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def finite(values: Iterable[float | None]) -> list[float]:
-    """The numbers among the values."""
-    return [value for value in values if value is not None and math.isfinite(value)]
+    return np.array([places[name] for name in wanted])

@@ -1,8 +1,8 @@
 """How sure a figure is: over the questions of a suite, over the seeds of a run, and between two methods.
 
-Two sources of noise are kept apart. A suite is a sample of questions (bootstrap over them), and a training run is a
-sample of seeds (sample standard deviation). Differences between methods are paired: the same questions, the same
-seeds.
+Two sources of noise are kept apart. A suite is a sample of questions (bootstrap over them, or over their images where
+several questions share one), and a training run is a sample of seeds (sample standard deviation). Differences between
+methods are paired: the same questions, the same seeds. docs/statistics.md has the formulas.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+RESAMPLES = 5000
+"""Bootstrap samples; the smallest p-value is 1 / (RESAMPLES + 1)."""
+
+_CHUNK = 4_000_000
+"""Most multinomial counts at a time: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +39,97 @@ class SeedSummary:
     seeds: int
 
 
-def bootstrap_means(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Means of bootstrap samples of the questions, shape [resamples].
+@dataclass(frozen=True)
+class Paired:
+    """The difference between two methods on the same questions."""
 
-    Averages over suites have the mean of their suites' arrays as their own, if the suites were given different seeds.
+    mean: float
+    interval: Interval
+    """95 %, symmetric about the mean; it holds zero exactly where p ≥ 0.05."""
+    p: float
+    """Two-sided, of no difference; not corrected for other comparisons."""
+    seeds: int
+
+    @property
+    def half_width(self) -> float:
+        return (self.interval.high - self.interval.low) / 2
+
+    @property
+    def sign(self) -> int:
+        """1 better, −1 worse, 0 where the data do not tell."""
+        return 0 if self.p >= 0.05 else (1 if self.mean > 0 else -1)
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the bootstrap draws from one suite: questions, or images with all their questions. Equal units are one entry
+    with a count, because a bootstrap sample of n units is a multinomial draw of how often each kind occurs."""
+
+    sums: np.ndarray
+    """Sum of the unit's scores, float64 [kinds]."""
+    sizes: np.ndarray
+    """Questions of the unit, float64 [kinds]."""
+    counts: np.ndarray
+    """Units of this kind, int64 [kinds]."""
+
+    @property
+    def number(self) -> int:
+        """Units in all."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean score over questions."""
+        return float((self.sums @ self.counts) / (self.sizes @ self.counts))
+
+
+def units(scores: Sequence[float] | np.ndarray, clusters: np.ndarray | None = None) -> Units:
+    """Group one suite's scores into resampling units.
 
     Args:
-        scores: one score per question, shape [n].
-        resamples: bootstrap samples.
-        seed: of the resampling; the same scores and seed give the same means.
+        scores: one per question, [n].
+        clusters: which image each question is about, integer codes [n]; None makes every question a unit.
 
     Raises:
-        ValueError: no scores.
+        ValueError: no scores, or clusters of another length.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
         raise ValueError("no scores to take an interval of")
-    if values.size == 1 or np.all(values == values[0]):  # scipy warns about a degenerate distribution
-        return np.full(resamples, values[0])
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=resamples,
-        batch=max(1, 4_000_000 // values.size),  # at most 32 MB at a time
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return result.bootstrap_distribution
+    sums: np.ndarray = values
+    sizes: np.ndarray = np.ones_like(values)
+    if clusters is not None:
+        if len(clusters) != values.size:
+            raise ValueError(f"{values.size} scores in clusters of {len(clusters)}")
+        _, codes = np.unique(clusters, return_inverse=True)
+        sums, sizes = np.bincount(codes, values), np.bincount(codes, np.ones_like(values))
+    # rounded: sums of the same scores in another order must be one kind
+    kinds, counts = np.unique(np.stack([sizes, sums.round(10)], axis=1), axis=0, return_counts=True)
+    return Units(kinds[:, 1], kinds[:, 0], counts)
+
+
+def bootstrap_means(suite: Units, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> np.ndarray:
+    """Means of bootstrap samples of a suite's units, float64 [resamples].
+
+    Whole units are drawn with replacement, and the mean is over the questions drawn (a ratio where images have
+    different numbers of questions). An average over suites has the mean of its suites' arrays as its own, if the suites
+    were given different seeds.
+
+    Args:
+        suite: from `units`.
+        resamples: bootstrap samples.
+        seed: of the resampling; the same units and seed give the same means.
+    """
+    if len(suite.counts) == 1:
+        return np.full(resamples, suite.mean)
+    rng = np.random.default_rng(seed)
+    n, shares = suite.number, suite.counts / suite.counts.sum()
+    step = max(1, _CHUNK // len(shares))
+    means = []
+    for start in range(0, resamples, step):
+        drawn = rng.multinomial(n, shares, size=min(step, resamples - start))
+        means.append((drawn @ suite.sums) / (drawn @ suite.sizes))
+    return np.concatenate(means)
 
 
 def percentile_interval(means: np.ndarray, *, confidence: float = 0.95) -> Interval:
@@ -80,37 +150,87 @@ def over_seeds(values: Sequence[float]) -> SeedSummary:
     return SeedSummary(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size)
 
 
-def paired_half_width(differences: Sequence[Sequence[np.ndarray]], *, confidence: float = 0.95) -> float:
-    """Half-width of the interval around the mean difference between two methods.
+def paired_bootstrap(
+    differences: Sequence[Sequence[np.ndarray]],
+    clusters: Sequence[np.ndarray | None] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Paired:
+    """Interval and p-value of the mean difference between two methods.
+
+    The figure is the mean over seeds of the mean over suites of the mean over questions. Its deviations under the null
+    are those of bootstrap samples of the questions (differences averaged over the seeds first, as all seeds answer the
+    same questions) from the observed mean, plus, with several seeds, Student's t with seeds − 1 degrees of freedom
+    times the standard error over seeds. The interval is symmetric (Hall 1988): the mean ± the quantile of the absolute
+    deviations; p is the share of deviations at least as large as the observed mean.
 
     Args:
         differences: per seed, per suite, the score of the one minus the score of the other on the same questions,
-            shape [n_suite]. The figure compared is the mean over seeds of the mean over suites of the mean over
-            questions.
+            [n_suite].
+        clusters: per suite as in `units`.
+        resamples: bootstrap samples.
         confidence: nominal coverage.
-
-    Returns:
-        Half-width of the two-sided interval, in the unit of the scores. Noise over questions (averaged over seeds
-        first, as all seeds answer the same questions) and noise over seeds add in quadrature.
+        seed: of the resampling.
 
     Raises:
         ValueError: seeds with different suites or question counts, or nothing to compare.
     """
     if not differences or not differences[0]:
         raise ValueError("nothing to compare")
-    shapes = [[len(suite) for suite in seed] for seed in differences]
+    shapes = [[len(suite) for suite in one] for one in differences]
     if any(shape != shapes[0] for shape in shapes) or 0 in shapes[0]:
         raise ValueError(f"seeds differ in suites or questions: {shapes}")
-    suites = len(differences[0])
-    tail = (1 + confidence) / 2
-    variance = 0.0
+    suites, seeds = len(differences[0]), len(differences)
+    deviations = np.zeros(resamples)
     for index in range(suites):
-        per_question = np.mean([np.asarray(seed[index], dtype=np.float64) for seed in differences], axis=0)
-        if per_question.size > 1:
-            variance += float(per_question.var(ddof=1)) / per_question.size / suites**2
-    half = float(stats.norm.ppf(tail)) * math.sqrt(variance)
-    if len(differences) > 1:
-        per_seed = np.array([np.mean([np.mean(suite) for suite in seed]) for seed in differences])
-        error = float(per_seed.std(ddof=1)) / math.sqrt(per_seed.size)
-        half = math.hypot(half, float(stats.t.ppf(tail, per_seed.size - 1)) * error)
-    return half
+        averaged = np.mean([np.asarray(one[index], dtype=np.float64) for one in differences], axis=0)
+        kinds = units(averaged, clusters[index] if clusters else None)
+        drawn = bootstrap_means(kinds, resamples=resamples, seed=[seed, index])
+        # the variance of a bootstrap mean is (n − 1) / n of the unbiased one
+        deviations += (drawn - kinds.mean) * math.sqrt(kinds.number / max(1, kinds.number - 1)) / suites
+    per_seed = np.array([np.mean([np.mean(suite) for suite in one]) for one in differences])
+    if seeds > 1:
+        error = float(per_seed.std(ddof=1)) / math.sqrt(seeds)
+        deviations += error * np.random.default_rng([seed, suites]).standard_t(seeds - 1, resamples)
+    mean = float(per_seed.mean())
+    absolute = np.abs(deviations)
+    p = float((1 + np.count_nonzero(absolute >= abs(mean) - 1e-12)) / (resamples + 1))
+    # the order statistic that makes interval and p-value agree: zero is outside exactly where p < 1 − confidence
+    place = math.ceil(confidence * (resamples + 1)) - 1
+    half = float(np.sort(absolute)[min(place, resamples - 1)])
+    return Paired(mean, Interval(mean - half, mean + half), p, seeds)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of two figures over `n` points."""
+
+    n: int
+    pearson: float
+    pearson_p: float
+    spearman: float
+    spearman_p: float
+
+
+def correlate(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Correlation | None:
+    """Pearson's and Spearman's correlation with two-sided p-values; None for fewer than three points or where one of
+    the figures is the same everywhere. With right/wrong as one of them, Pearson's is the point-biserial one."""
+    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    pearson, spearman = stats.pearsonr(first, second), stats.spearmanr(first, second)
+    return Correlation(
+        len(first), *(float(value) for test in (pearson, spearman) for value in (test.statistic, test.pvalue))
+    )
+
+
+def auroc(values: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float | None:
+    """Probability that a positive's value is above a negative's, ties counting half (the Mann–Whitney statistic over
+    the number of pairs); None where one of the two kinds is absent."""
+    figures, chosen = np.asarray(values, dtype=np.float64), np.asarray(positive, dtype=bool)
+    pairs = int(chosen.sum()) * int((~chosen).sum())
+    if pairs == 0:
+        return None
+    return float(stats.mannwhitneyu(figures[chosen], figures[~chosen]).statistic) / pairs

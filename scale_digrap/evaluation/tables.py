@@ -149,9 +149,8 @@ def differences(comparison: Comparison) -> tuple[list[Column], list[tuple[str, l
             if difference is None:
                 cells.append(Difference(EMPTY, 0))
                 continue
-            mean, half = difference
-            sign = 0 if abs(mean) <= half else (1 if mean > 0 else -1)
-            cells.append(Difference(f"{signed_percent(mean)} ± {percent(half)}", sign))
+            text = f"{signed_percent(difference.mean)} ± {percent(difference.half_width)}"
+            cells.append(Difference(text, difference.sign))
         if method.variant_of == method.baseline:  # "AdamW: + WiSE-FT" in place of "AdamW + WiSE-FT − AdamW"
             base = labels[method.baseline]
             label = f"{base}: {method.label.removeprefix(base).strip()}"

@@ -28,6 +28,7 @@ from scale_digrap.evaluation.results import MethodRun, write_atomically
 from scale_digrap.evaluation.runner import Collator, PreparedSuites, SuiteResult, evaluate, prepare
 from scale_digrap.evaluation.suites import averages
 from scale_digrap.evaluation.wise import interpolate
+from scale_digrap.models.collate import VqaCollator
 from scale_digrap.quickstart.pipeline import (
     EVALUATION_BATCH,
     MAX_NEW_TOKENS,
@@ -72,7 +73,15 @@ class Worker:
         loaded = self.engine.load(config, train=False)
         seconds: dict[str, float] = {}
         results = self._evaluate(loaded.model, loaded.collator, seconds)
-        self._write(MethodRun(method=ZERO_SHOT.key, seed=self.settings.seeds[0], suites=results, seconds=seconds))
+        self._write(
+            MethodRun(
+                method=ZERO_SHOT.key,
+                seed=self.settings.seeds[0],
+                suites=results,
+                seconds=seconds,
+                provenance=self._provenance(loaded.collator, self.settings.model),
+            )
+        )
         self._tell(ZERO_SHOT.label, results, seconds)
         self.engine.close()
 
@@ -91,6 +100,7 @@ class Worker:
             training=_summary(result.history),
             drift={name: layer.to_json() for name, layer in layer_drift(model, anchors).items()},
             telemetry=_telemetry(run_dir / "layers.jsonl") if self.engine.rank == 0 else [],
+            provenance=self._provenance(result.collator, f"{method}-seed{seed}", alpha=1.0),
         )
         self._write(run)
         self._tell(f"seed {seed} · {TRAINED[method].label}", run.suites, seconds)
@@ -99,7 +109,8 @@ class Worker:
         seconds = {}
         with interpolate(model, self.settings.alpha, anchors, new_layers=result.loaded.new_layers):
             results = self._evaluate(model, result.collator, seconds)
-        self._write(MethodRun(method=mixture.key, seed=seed, suites=results, seconds=seconds))
+        provenance = self._provenance(result.collator, f"{method}-seed{seed}", alpha=self.settings.alpha)
+        self._write(MethodRun(method=mixture.key, seed=seed, suites=results, seconds=seconds, provenance=provenance))
         self._tell(f"seed {seed} · {mixture.label}", results, seconds)
         result.engine.close()
         del result, model, anchors
@@ -147,6 +158,17 @@ class Worker:
         )
         config.training.device = settings.device
         return config
+
+    def _provenance(self, collator: VqaCollator, checkpoint: str, *, alpha: float | None = None) -> dict[str, Any]:
+        return {
+            "checkpoint": checkpoint,
+            "base": self.settings.model,
+            **({} if alpha is None else {"alpha": alpha}),
+            "template": collator.template.to_dict(),
+            "generation": {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS},
+            "engine": self.settings.engine,
+            "world_size": self.settings.world_size,
+        }
 
     def _write(self, run: MethodRun) -> None:
         run.fingerprint = self.settings.fingerprint

@@ -1,0 +1,206 @@
+"""Methods, one file per (method, seed), and what is recorded of how it came about.
+
+A file is written when its pair is done, so that a killed comparison goes on where it was; `results.Comparison` puts
+them together. docs/results.md names every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.evaluation.records import SuiteResult, read_predictions
+
+SCHEMA = 2
+"""Version of the files written here; another one is refused rather than misread."""
+
+
+class ResultsError(ScaleDigrapError):
+    """Result files that do not belong together or cannot be read."""
+
+
+def check_schema(data: Any, path: Path | str) -> None:
+    """Refuse what another version of the package has written.
+
+    Raises:
+        ResultsError: `data` is no object or has another schema.
+    """
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if schema != SCHEMA:
+        advice = "use the version that wrote it, or repeat the evaluation in an empty folder"
+        raise ResultsError(f"{path} has schema {schema!r}; this version reads schema {SCHEMA}: {advice}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of a comparison."""
+
+    key: str
+    """Short and unique: file names and JSON keys."""
+    label: str
+    """As the reader sees it."""
+    family: str
+    """Methods of one family share a hue in the plots: "base", "full", "lora". A "base" method is a model as it was
+    published, which no seed changes: it is compared with every seed of the others."""
+    baseline: str | None = None
+    """Key of the method that this one is compared with, question by question."""
+    variant_of: str | None = None
+    """Key of the method whose trained weights this one starts from (a WiSE-FT mixture): the plots draw it alike."""
+    source: str = ""
+    """Which evaluation it comes from, where several are compared."""
+
+    @property
+    def seedless(self) -> bool:
+        return self.family == "base"
+
+
+@dataclass(kw_only=True)
+class MethodRun:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    suites: dict[str, SuiteResult]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of "train" and "evaluate"."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Summary of the training run, free form."""
+    drift: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Layer → {"drift", "relative_drift"} at the end of training."""
+    telemetry: list[dict[str, Any]] = field(default_factory=list)
+    """DiGraP's layers over time: [{"step": int, "layers": {name: {"omega": …, "conflict_rate": …}}}]."""
+    fingerprint: str = ""
+    """Of the settings that the numbers depend on; runs with different ones are never mixed."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the model was and how it was asked. The report knows "checkpoint" (path or name), "step", "sha256",
+    "alpha" (weight of the fine-tuned model in a mixture), "template" (`PromptTemplate.to_dict()`), "generation",
+    "engine", "world_size"; more is kept and shown."""
+    file: Path | None = field(default=None, compare=False)
+    """Where it was saved or loaded; not part of the content."""
+
+    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """The file's content. Records that lie in a predictions file are named relative to `folder`, not repeated."""
+        data: dict[str, Any] = {"schema": SCHEMA}
+        data |= {name: value for name, value in vars(self).items() if name not in ("suites", "file")}
+        data["suites"] = {name: _suite_to_json(result, folder) for name, result in self.suites.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], path: Path) -> MethodRun:
+        """The content of the file `path`, with the predictions files that it names."""
+        check_schema(data, path)
+        fields = {name: value for name, value in data.items() if name != "schema"}
+        fields["suites"] = {name: _suite_from_json(value, path.parent) for name, value in data["suites"].items()}
+        return cls(**fields, file=path)
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder/METHOD-seedN.json` whole or not at all."""
+        path = self.path(folder, self.method, self.seed)
+        write_atomically(path, json.dumps(self.to_json(folder)))
+        self.file = path
+        return path
+
+    @staticmethod
+    def path(folder: Path, method: str, seed: int) -> Path:
+        return folder / f"{method}-seed{seed}.json"
+
+    @classmethod
+    def load(cls, path: Path) -> MethodRun:
+        """Read a file of `save`.
+
+        Raises:
+            ResultsError: it is damaged, of another schema, or its predictions files are not those it was written with.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text()), path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResultsError(f"{path} is not a result file: {error}; delete it to have it made again") from error
+
+
+def _suite_to_json(result: SuiteResult, folder: Path | None) -> dict[str, Any]:
+    if result.predictions is None or folder is None:
+        data = result.to_json()
+    else:
+        data = {name: value for name, value in vars(result).items() if name != "records"}
+        data["predictions"] = os.path.relpath(result.predictions, folder)
+    return {**data, "questions": result.n, "accuracy": result.accuracy}
+
+
+def _suite_from_json(data: Mapping[str, Any], folder: Path) -> SuiteResult:
+    fields = {name: value for name, value in data.items() if name not in ("questions", "accuracy")}
+    if "records" in fields:
+        result = SuiteResult.from_json(fields)
+    else:
+        predictions = os.path.normpath(folder / fields["predictions"])
+        result = SuiteResult(**{**fields, "predictions": predictions, "records": read_predictions(predictions)})
+    if result.n != data["questions"] or not math.isclose(result.accuracy, data["accuracy"], abs_tol=1e-9):
+        raise ValueError(
+            f"suite {result.suite!r} was {data['questions']} questions with a score of {data['accuracy']:.6f}, but "
+            f"{result.predictions or 'its records'} holds {result.n} with {result.accuracy:.6f}"
+        )
+    return result
+
+
+PACKAGES = ("scale-digrap", "torch", "deepspeed", "transformers", "peft", "webdataset", "numpy", "scipy", "pillow")
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, marked where files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + (" with uncommitted changes" if changes.stdout.strip() else "")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or the next run after a kill, sees it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    """The numbers among the values."""
+    return [value for value in values if value is not None and math.isfinite(value)]
