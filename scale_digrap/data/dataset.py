@@ -6,7 +6,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,19 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             return self._decode(opened, *opened.record(number))
         except SampleError as error:
             raise SampleError(f"{self.name(shard)}: sample {opened.key(number)!r}: {error}") from None
+
+    def questions(self, shard: int) -> Iterator[dict[str, Any] | SampleError]:
+        """What every sample of a shard carries besides its images (``question``, ``answers``, ``question_id``, …), in
+        order; images are not read. In place of a record that is not valid comes the error."""
+        opened = self._open(shard)
+        for record, key in enumerate(opened.index.keys):
+            try:
+                meta = self._meta(opened.read(record, images=False))
+            except SampleError as error:
+                yield SampleError(f"{self.name(shard)}: record {key!r}: {error}")
+                continue
+            for asked in meta.pop("questions", None) or [{}]:
+                yield {**meta, **asked}
 
     def line(self, shard: int) -> ShardEntry | None:
         """What the manifest beside the shards says of a shard, if there is one."""
@@ -313,9 +326,10 @@ class _OpenShard:
         key = self.index.keys[record]
         return key if question is None else f"{key}#{question}"
 
-    def read(self, record: int) -> _Record:
+    def read(self, record: int, *, images: bool = True) -> _Record:
         key, spans = self.index.keys[record], self.index.spans[record].tolist()
-        parts = [(field, *spans[column]) for field, column in self._wanted if spans[column][1] >= 0]
+        wanted = self._wanted if images else [item for item in self._wanted if item[0] in ("json", "cls")]
+        parts = [(field, *spans[column]) for field, column in wanted if spans[column][1] >= 0]
         if not parts:
             raise ShardDamage(self.name, None, f"record {key!r} has no field that can be read")
         if sum(size for _, _, size in parts) > _LARGEST:

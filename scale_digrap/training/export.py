@@ -108,17 +108,10 @@ def export(
         WiseError: an α outside [0, 1], a DoRA adapter.
     """
     target = Path(target)
-    if wise is not None:
-        wise = check_alpha(wise)
     if target.exists():
         raise ExportError(f"{target} exists: remove it, or name another folder")
-    path = run_folder.whole(run, step)
-    meta = read_meta(path)
-    config = config_from_dict(meta.config)
-    if base is not None:
-        config.model.path = base
-    writer = _AdapterWriter if _is_adapter(config) else _ModelWriter
-    writing = writer(path, meta, config, wise, dtype)
+    writing = plan(run, step=step, wise=wise, dtype=dtype, base=base)
+    meta, config = writing.meta, writing.config
     partial = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +136,34 @@ def export(
         bytes=sum(file.stat().st_size for file in files),
         mixed=len(writing.mixed),
     )
+
+
+def plan(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    wise: float | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+) -> Writer:
+    """Everything that :func:`export` can find wrong before it writes: nothing is written, no weights are loaded.
+
+    Raises:
+        RunFolderError, CheckpointError, ModelLoadError, WiseError: as :func:`export`.
+    """
+    if wise is not None:
+        wise = check_alpha(wise)
+    path = run_folder.whole(run, step)
+    meta = read_meta(path)
+    config = config_from_dict(meta.config)
+    if base is not None:
+        config.model.path = base
+    writer = _AdapterWriter if _is_adapter(config) else _ModelWriter
+    writing = writer(path, meta, config, wise, dtype)
+    if wise is not None:
+        for name in writing.state.layers():
+            lora_factor(name)
+    return writing
 
 
 def write_template(folder: Path, template: dict[str, Any], base: str, origin: dict[str, Any] | None = None) -> None:
@@ -262,8 +283,16 @@ class _Base:
         return floats.pop() if len(floats) == 1 else None
 
 
-class _Writer:
-    """What is common to whole models and adapters: where a value comes from, and how it is mixed."""
+class Writer:
+    """A checked export: what is common to whole models and adapters, where a value comes from, how it is mixed.
+
+    Attributes:
+        path: of the checkpoint.
+        meta: its ``trainer.json``.
+        config: of the run.
+        state: the stored tensors.
+        skeleton: the model without memory.
+    """
 
     skeleton: Any
 
@@ -335,7 +364,7 @@ class _Writer:
             )
 
 
-class _ModelWriter(_Writer):
+class _ModelWriter(Writer):
     """Full fine-tuning: every tensor of the architecture."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -369,7 +398,7 @@ class _ModelWriter(_Writer):
         return Deferred(shape, read)
 
 
-class _AdapterWriter(_Writer):
+class _AdapterWriter(Writer):
     """LoRA factors, and modules trained in full beside them."""
 
     def __init__(self, path: Path, meta: RunState, config: Config, wise: float | None, dtype: str | None) -> None:

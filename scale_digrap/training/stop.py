@@ -105,12 +105,17 @@ class StopRequests:
             entry = {"step": step, "reason": reason, "checkpoint": None if checkpoint is None else checkpoint.name}
             write_marker(self._run_dir, STOPPED, entry)
             (self._run_dir / STOP_FILE).unlink(missing_ok=True)
-        error = RunStopped(
+        return run_stopped(
             f"stopped after step {step} ({reason}), checkpoint {checkpoint}: the same command goes on from there"
         )
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            error.exit_status = 0  # for any other, this launcher would start the ranks again at once
-        return error
+
+
+def run_stopped(message: str) -> RunStopped:
+    """What to raise when a run has ended early as asked, with everything that the next one needs on disk."""
+    error = RunStopped(message)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        error.exit_status = 0  # for any other, this launcher would start the ranks again at once
+    return error
 
 
 def write_marker(run_dir: Path, name: str, entry: dict[str, Any]) -> None:
