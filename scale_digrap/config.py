@@ -231,6 +231,10 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step."""
 
+    global_batch_size: Optional[int] = None  # noqa: UP045
+    """Samples per optimizer step, in place of ``gradient_accumulation``: as many micro-batches as that takes on however
+    many ranks there are. A run that goes on with fewer hosts, or more, trains as it would have."""
+
     clip_norm: Optional[float] = None  # noqa: UP045
     """Clip the global gradient norm to this; None does not clip."""
 
@@ -578,13 +582,18 @@ def validate(config: Config) -> None:
     _check_range(config, "lora.dropout", low=0.0, below=1.0)
     for key in ("schedule.warmup_init_ratio", "schedule.min_lr_ratio"):
         _check_range(config, key, low=0.0, high=1.0)
-    for key in ("training.steps", "model.max_length"):
+    for key in ("training.steps", "training.global_batch_size", "model.max_length"):
         if _get(config, key) is not None:
             _check_range(config, key, low=1)
     for key in ("training.sync_check_every", "training.spike_threshold", "training.stall_s"):
         _check_range(config, key, low=0)
     _check_range(config, "training.timeout_s", above=0.0)
     _check_range(config, "training.spike_window", low=10)
+    if config.training.global_batch_size is not None and config.training.gradient_accumulation != 1:
+        raise ConfigError(
+            f"training.global_batch_size={config.training.global_batch_size} and training.gradient_accumulation="
+            f"{config.training.gradient_accumulation} are both given: remove one of the two"
+        )
     _check_stop(config.training)
     for key in ("training.epochs", "training.clip_norm"):
         if _get(config, key) is not None:

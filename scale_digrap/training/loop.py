@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def train(config: Config) -> TrainResult:
             run_dir.mkdir(parents=True, exist_ok=True)
             clear_markers(run_dir)
             save_config(config, run_dir / "config.yaml")
+        config = share_global_batch(config, engine)
         with Watchdog(run_dir, engine.rank, config.training.stall_s) as watchdog:
             try:
                 return _train(config, engine, stop, watchdog)
@@ -184,6 +185,27 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
     if config.checkpoint.save_final:
         save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
     return result
+
+
+def share_global_batch(config: Config, engine: Engine) -> Config:
+    """``training.global_batch_size`` as the number of micro-batches that these ranks need for it.
+
+    Raises:
+        TrainingError: it cannot be dealt out evenly.
+    """
+    training = config.training
+    if training.global_batch_size is None:
+        return config
+    at_once = training.batch_size * engine.dp_world_size
+    if training.global_batch_size % at_once:
+        raise TrainingError(
+            f"training.global_batch_size={training.global_batch_size} is no multiple of training.batch_size="
+            f"{training.batch_size} on {engine.dp_world_size} ranks ({at_once}): change one of them"
+        )
+    return replace(
+        config,
+        training=replace(training, gradient_accumulation=training.global_batch_size // at_once, global_batch_size=None),
+    )
 
 
 def count_steps(config: Config, loader: TrainLoader) -> int:

@@ -26,8 +26,9 @@ from typing import Any
 from tests.launch import etc
 
 NETWORK = "10.77.0"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SLURM_TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 _FIRST = 10
-_POWER_ON_S = 20.0
 
 _INIT = r"""
 set -e
@@ -54,21 +55,24 @@ class ClusterError(RuntimeError):
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why this machine cannot make hosts; None where it can."""
+    """Why this machine cannot make hosts, whatever is installed on it; None where it can."""
     if os.geteuid() != 0:
-        return "making hosts needs root (network, mount and PID namespaces)"
-    missing = [tool for tool in ("ip", "tc", "nsenter", "unshare", "mount") if shutil.which(tool) is None]
-    if missing:
-        return f"making hosts needs {', '.join(missing)} (make cluster-tools)"
-    probe = (
-        "ip link add br0 type bridge && ip link add v0 type veth peer name v1 && mount -t sysfs sysfs /sys && "
-        "mount -t tmpfs tmpfs /run"
-    )
+        return "hosts out of namespaces can be made by root only"
+    if shutil.which("unshare") is None:
+        return "hosts out of namespaces need Linux and util-linux"
+    devices = "ip link add br0 type bridge && ip link add v0 type veth peer name v1 && " if shutil.which("ip") else ""
+    probe = f"{devices}mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run"
     command = ["unshare", "--net", "--uts", "--pid", "--ipc", "--mount", "--fork", "sh", "-c", probe]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     if done.returncode:
-        return f"this machine cannot make network namespaces: {' '.join(done.stderr.split()) or done.returncode}"
+        return f"this machine makes no namespaces: {' '.join(done.stderr.split()) or f'status {done.returncode}'}"
     return None
+
+
+def missing_tools(*, ssh: bool = False, slurm: bool = False) -> list[str]:
+    """What `make cluster-tools` would install and is not there."""
+    wanted = ["ip", "tc", "nsenter", *(["sshd", "ssh", "pdsh"] if ssh else []), *(SLURM_TOOLS if slurm else [])]
+    return [tool for tool in wanted if shutil.which(tool, path=SYSTEM_PATH) is None]
 
 
 class _Held:
@@ -295,7 +299,7 @@ class Cluster:
         slurm: a Slurm whose nodes are the hosts (:class:`tests.launch.slurm.Slurm`), controlled from one more host.
 
     Raises:
-        ClusterError: a host does not come up.
+        ClusterError: programs are missing; a host does not come up.
     """
 
     def __init__(
@@ -304,6 +308,8 @@ class Cluster:
         names = [f"node{k}" for k in range(hosts)] if isinstance(hosts, int) else list(hosts)
         if slurm:
             names.append("control")
+        if missing := missing_tools(ssh=ssh, slurm=slurm):
+            raise ClusterError(f"missing: {', '.join(missing)} (make cluster-tools)")
         # The path of a UNIX socket is at most 107 characters long: not under pytest's folder.
         self.folder = Path(tempfile.mkdtemp(prefix="cluster-"))
         self.folder.chmod(0o755)
@@ -322,8 +328,6 @@ class Cluster:
             addresses = {host.name: host.address for host in self._all}
             etc.write(self.folder, addresses, domain)
             if ssh:
-                if shutil.which("sshd", path="/usr/sbin:/usr/bin") is None:
-                    raise ClusterError("ssh between hosts needs sshd (make cluster-tools)")
                 etc.write_ssh(self.folder, addresses)
             for host in self._all:
                 host.power_on()
@@ -358,7 +362,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """What a login on a host would set: the interpreter of the tests comes first in PATH."""
         return {
-            "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}",
             "HOME": os.environ.get("HOME", "/root"),
             "USER": "root",
             "LANG": "C.UTF-8",
