@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
 from scale_digrap.data.sources.records import (
@@ -15,6 +16,8 @@ from scale_digrap.data.sources.records import (
     string_list,
     to_source,
 )
+
+_KEPT = ("answer_type", "answerable")
 
 
 def read_vizwiz(
@@ -54,7 +57,7 @@ def read_vizwiz(
                     f"{file}: the entry of {image} has no list of answers (the test set has none and cannot be written)"
                 )
             identity = Path(image).stem
-            content = {name: entry[name] for name in ("answer_type", "answerable") if name in entry}
+            content: dict[str, Any] = {name: entry[name] for name in _KEPT if name in entry}
             content |= {"image_id": image, "question_id": identity}
             content |= {"question": entry.get("question"), "answers": answers}
             found.append(Question(identity, (str(folder / image),), content))
