@@ -1,4 +1,4 @@
-"""The command line: ``scale-digrap train | quickstart | shards | checkpoint | export``.
+"""The command line: ``scale-digrap train | evaluate | quickstart | shards | checkpoint | export``.
 
 A subcommand imports what it needs when it runs, so that ``--help`` answers at once. Errors of the package's own are one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
@@ -25,12 +25,18 @@ examples:
   torchrun --nproc-per-node 8 -m scale_digrap train configs/paligemma_vqav2_lora.yaml training.batch_size=4
   deepspeed --module scale_digrap train configs/paligemma_vqav2_zero3.yaml
 """
+EVALUATE_EXAMPLES = """\
+examples:
+  scale-digrap evaluate configs/evaluate_quickstart.yaml
+  torchrun --nproc-per-node 8 -m scale_digrap evaluate configs/evaluate_frames_vqa.yaml batch_size=64
+  deepspeed --module scale_digrap evaluate configs/evaluate_frames_vqa.yaml engine.name=deepspeed
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
-    0: done. 2: an error that the user can put right. Of ``train``, docs/training.md: 75 stopped as asked to, go on with
+    0: done. 2: an error that the user can put right. Of ``train`` and ``evaluate``, docs/training.md: 75 stopped as asked to, go on with
     the same command; 3 nothing but bad steps; 4 the ranks disagree; 5 a rank was lost. 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -64,6 +70,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
     train.add_argument("--print-config", action="store_true", help="print the whole resolved configuration and stop")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="answer and score suites with one or more models, and write a table and a report",
+        epilog=EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("config", metavar="CONFIG.yaml", type=Path, help="see configs/ and docs/evaluation.md")
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
+    evaluate.add_argument("--print-config", action="store_true", help="print the whole resolved configuration and stop")
+    evaluate.set_defaults(run=_evaluate)
 
     quickstart = commands.add_parser(
         "quickstart",
@@ -135,13 +152,36 @@ def _train(arguments: argparse.Namespace) -> int:
             print(config_to_yaml(config), end="")
         return 0
     validate_for_training(config)
-    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
-    for noisy in ("httpx", "torch", "deepspeed", "DeepSpeed", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _start_logging()
     from scale_digrap.training.run import run
 
     run(config)
     return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from scale_digrap.evaluation.evaluate_config import evaluate_config_to_yaml, load_evaluate_config
+
+    config = load_evaluate_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        if _rank() == 0:
+            print(evaluate_config_to_yaml(config), end="")
+        return 0
+    _start_logging()
+    from scale_digrap.evaluation.evaluate import run
+
+    out = run(config)
+    if _rank() == 0:
+        print((out / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def _start_logging() -> None:
+    """Rank 0 tells what happens, the others only what goes wrong."""
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "torch", "deepspeed", "DeepSpeed", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _write_easy_vqa(arguments: argparse.Namespace) -> int:

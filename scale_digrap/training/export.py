@@ -158,7 +158,7 @@ def plan(
     config = config_from_dict(meta.config)
     if base is not None:
         config.model.path = base
-    writer = _AdapterWriter if _is_adapter(config) else _ModelWriter
+    writer = _AdapterWriter if is_adapter(config) else _ModelWriter
     writing = writer(path, meta, config, wise, dtype)
     if wise is not None:
         for name in writing.state.layers():
@@ -172,7 +172,7 @@ def write_template(folder: Path, template: dict[str, Any], base: str, origin: di
     (folder / "scale_digrap.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_adapter(config: Config) -> bool:
+def is_adapter(config: Config) -> bool:
     return config.lora.enabled or adapter_base(resolve_path(config.model.path)) is not None
 
 
@@ -304,8 +304,8 @@ class Writer:
         self.dtype = dtype or config.checkpoint.final_dtype
         self.mixed: set[str] = set()
         adapter = adapter_base(resolve_path(config.model.path))
-        masters = config.sharding.engine == "deepspeed" and not _is_adapter(config)
-        rounded = config.training.precision == "bf16" and (masters or _is_adapter(config))
+        masters = config.sharding.engine == "deepspeed" and not is_adapter(config)
+        rounded = config.training.precision == "bf16" and (masters or is_adapter(config))
         self.base = _Base(
             adapter or config.model.path, config, PRECISION_DTYPE["bf16"] if rounded else PRECISION_DTYPE["fp32"]
         )
