@@ -38,7 +38,6 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Time for a checkpoint between torchrun's SIGTERM and its SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_WITHIN
 export NCCL_DEBUG=WARN
-
 # Two installations that share a folder of compiled operators would each build them anew.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${HOME:-/tmp}/.cache/torch_extensions/$RUN_NAME}
 
@@ -51,7 +50,6 @@ fi
 # Refuses what training would refuse, before anything starts; answers with the run's folder.
 RUN_DIR=$("$PYTHON" -m scale_digrap.launch.node config "$COMMAND" -- "$CONFIG" "${OVERRIDES[@]}")
 LOGS=${LOGS:-$RUN_DIR/logs}
-
 case $LAUNCHER in
   pdsh) command -v pdsh >/dev/null || { echo "no pdsh here: install it, or use LAUNCHER=no_ssh" >&2; exit 2; } ;;
   no_ssh) LOGS=$LOGS/$(hostname) ;;
@@ -89,13 +87,24 @@ for VARIABLE in $(compgen -e); do
   done
 done >"$DS_ENV_FILE"
 
-deepspeed() {  # MODULE ARGUMENTS...
+preflight() {
+  local hosts
+  hosts=$(IFS=, && echo "${HOSTS[*]}")
+  local check=("$PYTHON" -m scale_digrap.launch.preflight --hosts "$hosts" --endpoint "$HOST0:$PORT" --scheduler hosts)
+  if [ "$LAUNCHER" = no_ssh ]; then
+    "${check[@]}" --rank "$NODE_RANK" "$LOGS/config.yaml"
+  else  # %n is the number of the host
+    PDSH_SSH_ARGS_APPEND="$SSH_OPTIONS ${PDSH_SSH_ARGS_APPEND:-}" pdsh -S -R ssh -w "$hosts" \
+      "cd $(printf %q "$PWD") && $(printf '%q ' "${check[@]}") --rank %n $(printf %q "$LOGS/config.yaml")"
+  fi
+}
+deepspeed() {
   local how=(--launcher pdsh --force_multi)
   [ "$LAUNCHER" = pdsh ] || how=(--no_ssh --node_rank "$NODE_RANK")
   PDSH_SSH_ARGS_APPEND="$SSH_OPTIONS ${PDSH_SSH_ARGS_APPEND:-}" \
     supervise "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "${how[@]}" \
     --master_addr "$HOST0" --master_port "$PORT" --no_local_rank --enable_each_rank_log "$LOGS/ranks" \
-    --module "$@"
+    --module scale_digrap "$COMMAND" "$LOGS/config.yaml"
 }
 
 # deepspeed ends before its ranks do, finds them by a pattern that other runs match as well, and leaves them behind when
@@ -103,8 +112,8 @@ deepspeed() {  # MODULE ARGUMENTS...
 end_ranks() {  # SECONDS until they are killed
   local host asked=()
   if [ "$LAUNCHER" = no_ssh ]; then
-    "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1"
-    return
+    "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1" || true
+    return 0  # not a bare one: in a trap, that is the status of what the signal broke off
   fi
   for host in "${HOSTS[@]}"; do
     ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
@@ -141,7 +150,6 @@ on_signal() {
   fi
 }
 
-
 # What the run itself has written tells how it ended: a launcher's exit status does not (torchrun makes 1 of everything,
 # deepspeed may return 0 when it was killed). Files that are older than this start are of another one.
 finish() {  # STATUS of the launcher
@@ -161,11 +169,10 @@ finish() {  # STATUS of the launcher
   exit "$(($1 > 0 ? $1 : 1))"
 }
 
-
 STATUS=0
 if [ "$PREFLIGHT" = 1 ]; then
-  deepspeed scale_digrap.launch.preflight "$LOGS/config.yaml" || exit 2
+  preflight || exit 2
 fi
-deepspeed scale_digrap "$COMMAND" "$LOGS/config.yaml" || STATUS=$?
+deepspeed || STATUS=$?
 [ "$RUN_DIR/DONE" -nt "$STARTED" ] || end_ranks "$STOP_WITHIN"
 finish "$STATUS"

@@ -36,7 +36,6 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Time for a checkpoint between torchrun's SIGTERM and its SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_WITHIN
 export NCCL_DEBUG=WARN
-
 unset MASTER_ADDR MASTER_PORT  # c10d chooses them; torchrun would hand stale ones on
 
 cd "$WORKDIR"
@@ -47,7 +46,6 @@ fi
 # Refuses what training would refuse, before anything starts; answers with the run's folder.
 RUN_DIR=$("$PYTHON" -m scale_digrap.launch.node config "$COMMAND" -- "$CONFIG" "${OVERRIDES[@]}")
 LOGS=${LOGS:-$RUN_DIR/logs}
-
 LOGS=$LOGS/$(hostname)
 mkdir -p "$LOGS"
 STARTED=$LOGS/started
@@ -114,7 +112,6 @@ on_signal() {
   fi
 }
 
-
 # What the run itself has written tells how it ended: a launcher's exit status does not (torchrun makes 1 of everything,
 # deepspeed may return 0 when it was killed). Files that are older than this start are of another one.
 finish() {  # STATUS of the launcher
@@ -133,7 +130,6 @@ finish() {  # STATUS of the launcher
   echo "$RUN_DIR: neither DONE nor STOPPED was written: it failed; the output of each rank is in $LOGS" >&2
   exit "$(($1 > 0 ? $1 : 1))"
 }
-
 
 STATUS=0
 if [ "$COMMAND" = quickstart ]; then  # starts ranks itself

@@ -26,7 +26,7 @@ def render(name: str, spec: LaunchConfig, workload: Workload) -> str:
     Args:
         name: ``torchrun.sh``, ``deepspeed.sh``, ``slurm.sbatch`` or ``kubernetes/{job,jobset,trainjob}.yaml``.
     """
-    return _environment().get_template(name).render(values(spec, workload))
+    return _environment().get_template(name).render(values(spec, workload)) + "\n"
 
 
 def values(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def values(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
         "hostfile": spec.hostfile or "launch/hostfile",
         "ssh_options": spec.ssh.options,
         "slurm": _slurm(spec, workload),
-        "kubernetes": spec.kubernetes,
+        "kubernetes": _kubernetes(spec),
     }
 
 
@@ -88,13 +88,26 @@ def _slurm(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
     }
 
 
+def _kubernetes(spec: LaunchConfig) -> dict[str, Any]:
+    kubernetes = spec.kubernetes
+    limits = {"nvidia.com/gpu": str(kubernetes.gpus)} if kubernetes.gpus else {}
+    limits |= {"cpu": kubernetes.cpu} if kubernetes.cpu else {}
+    limits |= {"memory": kubernetes.memory} if kubernetes.memory else {}
+    return {
+        **vars(kubernetes),
+        "pods": spec.node_range[1],
+        "limits": limits,
+        "stop_s": max(5, min(spec.stop_within_s, kubernetes.grace_s - 15)),
+        "processes": kubernetes.gpus or 2 if spec.processes_per_node == "auto" else int(spec.processes_per_node),
+    }
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         autoescape=False,
-        keep_trailing_newline=True,
         comment_start_string="<#",  # "{#" is how bash counts
         comment_end_string="#>",
     )

@@ -5,6 +5,7 @@ Dataclasses that OmegaConf reads, with the checks of :mod:`scale_digrap.config`.
 """
 
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -255,9 +256,7 @@ BROKEN_LAUNCHERS: dict[str, str] = {
 
 
 def job_port(name: str) -> int:
-    """A port from 20000 to 29999 that is the same for a name on every host: POSIX ``cksum`` would do; this is CRC-32."""
-    import zlib
-
+    """A port from 20000 to 29999, the same for a name on every host."""
     return _FIRST_PORT + zlib.crc32(name.encode()) % _PORT_COUNT
 
 
@@ -311,7 +310,7 @@ def validate_spec(spec: LaunchConfig) -> None:
         raise LaunchError(f"rendezvous.port must be from {_PORTS[0]} to {_PORTS[1]}, got {port}")
     if (spec.rendezvous.store == "file") != (spec.rendezvous.folder is not None):
         raise LaunchError(
-            "rendezvous.folder goes with store: file and only with it: name a folder that all hosts share"
+            "rendezvous.folder goes with store: file, and only with it: name a shared folder"
         )
     if spec.hosts and spec.hostfile:
         raise LaunchError("hosts and hostfile are both given: remove one of them")
@@ -324,7 +323,7 @@ def validate_spec(spec: LaunchConfig) -> None:
             raise LaunchError(f"environment.{key} holds a line break, which deepspeed cannot carry: put it into a file")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", spec.slurm.time):
         raise LaunchError(
-            f"slurm.time must be as Slurm writes it, for example 24:00:00 or 2-0, got {spec.slurm.time!r}"
+            f"slurm.time must be as Slurm writes it, such as 24:00:00 or 2-0, got {spec.slurm.time!r}"
         )
     for option in spec.slurm.extra:
         if not option.startswith("-"):

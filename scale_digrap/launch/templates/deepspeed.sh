@@ -72,13 +72,24 @@ for VARIABLE in $(compgen -e); do
   done
 done >"$DS_ENV_FILE"
 
-deepspeed() {  # MODULE ARGUMENTS...
+preflight() {
+  local hosts
+  hosts=$(IFS=, && echo "${HOSTS[*]}")
+  local check=("$PYTHON" -m scale_digrap.launch.preflight --hosts "$hosts" --endpoint "$HOST0:$PORT" --scheduler hosts)
+  if [ "$LAUNCHER" = no_ssh ]; then
+    "${check[@]}" --rank "$NODE_RANK" "$LOGS/config.yaml"
+  else  # %n is the number of the host
+    PDSH_SSH_ARGS_APPEND="$SSH_OPTIONS ${PDSH_SSH_ARGS_APPEND:-}" pdsh -S -R ssh -w "$hosts" \
+      "cd $(printf %q "$PWD") && $(printf '%q ' "${check[@]}") --rank %n $(printf %q "$LOGS/config.yaml")"
+  fi
+}
+deepspeed() {
   local how=(--launcher pdsh --force_multi)
   [ "$LAUNCHER" = pdsh ] || how=(--no_ssh --node_rank "$NODE_RANK")
   PDSH_SSH_ARGS_APPEND="$SSH_OPTIONS ${PDSH_SSH_ARGS_APPEND:-}" \
     supervise "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "${how[@]}" \
     --master_addr "$HOST0" --master_port "$PORT" --no_local_rank --enable_each_rank_log "$LOGS/ranks" \
-    --module "$@"
+    --module scale_digrap "$COMMAND" "$LOGS/config.yaml"
 }
 
 # deepspeed ends before its ranks do, finds them by a pattern that other runs match as well, and leaves them behind when
@@ -86,8 +97,8 @@ deepspeed() {  # MODULE ARGUMENTS...
 end_ranks() {  # SECONDS until they are killed
   local host asked=()
   if [ "$LAUNCHER" = no_ssh ]; then
-    "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1"
-    return
+    "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1" || true
+    return 0  # not a bare one: in a trap, that is the status of what the signal broke off
   fi
   for host in "${HOSTS[@]}"; do
     ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
@@ -106,8 +117,8 @@ kill_run() { end_ranks 0; }
 
 STATUS=0
 if [ "$PREFLIGHT" = 1 ]; then
-  deepspeed scale_digrap.launch.preflight "$LOGS/config.yaml" || exit 2
+  preflight || exit 2
 fi
-deepspeed scale_digrap "$COMMAND" "$LOGS/config.yaml" || STATUS=$?
+deepspeed || STATUS=$?
 [ "$RUN_DIR/DONE" -nt "$STARTED" ] || end_ranks "$STOP_WITHIN"
 finish "$STATUS"
