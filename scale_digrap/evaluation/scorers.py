@@ -11,8 +11,12 @@ versions of its text normalisation are in circulation and differ on many questio
     The port behind the tables of FRAMES-VQA: the prediction is always normalised fully, the answers only in their
     punctuation and only where the annotators disagree.
 
-Where a question has one answer (GQA, generated data, yes/no sets) leaving it out would leave nothing: common ports
-score such questions 0. Here both sides are normalised fully and compared.
+Both remove every period that does not start decimals; the published programs pass a flag where `re.sub` takes a count,
+and so keep those after the 32nd. Where a question has one answer (GQA, generated data, yes/no sets) leaving it out
+would leave nothing: common ports score such questions 0. Here both sides are normalised fully and compared.
+
+Classification by generation (DomainNet, ``top1``) asks for the class's name: the text must equal it, or one of its
+synonyms where a sample has several answers, after full normalisation of both; a longer text that contains it is wrong.
 """
 
 from __future__ import annotations
@@ -109,14 +113,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "offici
     if len(answers) == 1:
         return float(normalize(prediction) == normalize(answers[0]))
 
-    prediction, references = clean(prediction), [clean(answer) for answer in answers]
-    disagree = len(set(references)) > 1
     if variant == "official":
-        if disagree:
+        prediction, references = clean(prediction), [clean(answer) for answer in answers]
+        if len(set(references)) > 1:
             prediction, references = normalize(prediction), [normalize(answer) for answer in references]
     else:
-        prediction = normalize(prediction)
-        if disagree:
+        prediction, references = normalize(prediction), list(answers)
+        if len(set(references)) > 1:
             references = [strip_punctuation(answer) for answer in references]
 
     matches = sum(answer == prediction for answer in references)
@@ -150,7 +153,7 @@ def scorer(metric: str) -> Scorer:
     Raises:
         ScorerError: another name.
     """
-    if metric in ("exact", "top1"):
+    if metric in ("exact", "top1"):  # one rule, two names: a column of classes reads "top-1"
         return exact_match
     kind, _, variant = metric.partition("/")
     if kind == "vqa" and variant in VARIANTS:
