@@ -81,22 +81,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def place(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Place:
-    """This host among the others: from the arguments, else from what Slurm, Kubernetes or torchrun have set.
+    """This host among the others: from the arguments, else from what a launcher or scheduler has set.
 
     Raises:
         PreflightError: it cannot be told, or does not fit together.
     """
+    if "GROUP_RANK" in environment and arguments.rank is None and not arguments.hosts:
+        # Under torchrun: its agents have met already, in an order of their own.
+        return Place(int(environment["GROUP_RANK"]), int(environment["GROUP_WORLD_SIZE"]), None)
     hosts = tuple(arguments.hosts.split(",")) if arguments.hosts else _slurm_hosts(environment)
-    under_torchrun = "GROUP_RANK" in environment and arguments.endpoint is None and arguments.rank is None
     nodes = arguments.nodes or (len(hosts) if hosts else 0)
-    nodes = nodes or int(environment.get("SLURM_NNODES") or environment.get("GROUP_WORLD_SIZE") or 1)
+    nodes = nodes or int(environment.get("SLURM_NNODES") or environment.get("CROSS_SIZE") or 1)
     if hosts and len(hosts) != nodes:
         raise PreflightError(f"--nodes={nodes}, but --hosts names {len(hosts)}: {', '.join(hosts)}")
     rank = arguments.rank
     if rank is None and arguments.hosts:
         rank = _own_place(hosts or ())
     if rank is None:
-        for name in ("GROUP_RANK", "SLURM_NODEID", "SLURM_PROCID", "JOB_COMPLETION_INDEX"):
+        for name in ("CROSS_RANK", "SLURM_NODEID", "SLURM_PROCID", "JOB_COMPLETION_INDEX"):
             if name in environment:
                 rank = int(environment[name])
                 break
@@ -106,8 +108,6 @@ def place(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Plac
         told = "give --rank" if rank is None else f"rank {rank} is not among 0 … {nodes - 1}"
         known = f"; this host is {socket.gethostname()}, --hosts has {', '.join(hosts)}" if hosts else ""
         raise PreflightError(f"which of the {nodes} hosts is this? {told}{known}")
-    if under_torchrun:
-        return Place(rank, nodes, None, hosts)
     return Place(rank, nodes, _endpoint(arguments.endpoint, hosts, nodes, environment), hosts)
 
 
@@ -133,6 +133,8 @@ def _endpoint(
         if match is None or not 0 < int(match.group(2)) < 65536:
             raise PreflightError(f"--endpoint {given!r} is not HOST:PORT, such as {(hosts or ['node0'])[0]}:29500")
         return match.group(1), int(match.group(2))
+    if "CROSS_RANK" in environment and "MASTER_ADDR" in environment:  # the deepspeed launcher
+        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if hosts:
         return hosts[0], 20000 + int(environment.get("SLURM_JOB_ID", _PORT - 20000)) % 20000
     if nodes > 1:

@@ -32,7 +32,7 @@ _VARIABLES = (
     "DS_", "FI_", "UCX_", "RDMAV_", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "WANDB_", "AWS_", "SCALE_DIGRAP_",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
-_OWN_PER_HOST = re.compile(r"CUDA_VISIBLE_DEVICES|TORCHELASTIC_.*|TORCH_CPP_LOG_LEVEL")
+_OWN_PER_HOST = re.compile(r"CUDA_VISIBLE_DEVICES|TORCHELASTIC_.*|TORCH_CPP_LOG_LEVEL|SCALE_DIGRAP_LAUNCH")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PROXY|CREDENTIAL", re.IGNORECASE)
 _TOKEN_WAIT_S = 15.0  # NFS shows another host's new file when its cache of the folder has expired
 _REMOTE_SAMPLE = 4

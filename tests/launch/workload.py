@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from scale_digrap.quickstart import data
 from scale_digrap.training.metrics import read_log
-from tests.launch.cluster import Running, wait_until
+from tests.launch.cluster import Host, Running, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-TRAIN_S = 150.0
-"""Longest start and run of a few steps; a fifth of it on a quiet machine."""
+STEPS = 16
+TRAIN_S = 400.0
+"""Longest start and run of a few steps; a twentieth of it on a quiet machine."""
+QUICK_RENDEZVOUS = (
+    "join_timeout=300,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5,close_timeout=5,"
+    "read_timeout=30"
+)
+"""torchrun's waits, short: so that a test is about what happens and not about when."""
 
 
 class Workload:
@@ -25,35 +35,72 @@ class Workload:
     def __init__(self, folder: Path) -> None:
         built = data.build(folder / "data", train_samples=128, suite_samples=8)
         self.train, self.suite = built.train, built.suites["id"]
-        self._undisturbed: dict[int, list[float]] = {}
+        self._folder = folder
+        self._undisturbed: list[float] | None = None
 
-    def overrides(self, run_dir: Path, steps: int, *more: str) -> list[str]:
-        """``key=value`` for :data:`CONFIG`: global batches of 8 on however many ranks, a checkpoint every two steps."""
+    def overrides(self, run_dir: Path, *more: str) -> list[str]:
+        """``key=value`` for :data:`CONFIG`: global batches of 8 on however many ranks, a checkpoint every four steps."""
         return [
             f"run_dir={run_dir}",
             f"data.train=[{','.join(map(str, self.train))}]",
-            f"training.steps={steps}",
+            f"training.steps={STEPS}",
             "training.batch_size=4",
             "training.global_batch_size=8",
             "training.device=cpu",
             "training.keep_anchors=false",
             "schedule.warmup_steps=1",
-            "checkpoint.every=2",
+            "checkpoint.every=4",
             "checkpoint.resume=auto",
             "log.layers_every=0",
             *more,
         ]
 
-    def undisturbed(self, steps: int, folder: Path) -> list[float]:
-        """The loss of every step of a run of one process, which nothing happens to."""
-        if steps not in self._undisturbed:
+    def check(self, run_dir: Path) -> None:
+        """The run is done, and its loss curve is that of a run of one process which nothing happened to.
+
+        Restarts lose and repeat nothing; what is left is the rounding of sums over other numbers of ranks.
+        """
+        assert (run_dir / "DONE").is_file()
+        assert not (run_dir / "STOPPED").exists()
+        assert losses(run_dir) == pytest.approx(self._of_one_process(), rel=1e-3, abs=1e-4)
+
+    def _of_one_process(self) -> list[float]:
+        if self._undisturbed is None:
             from scale_digrap.config import load_config
             from scale_digrap.training import train
 
-            overrides = [*self.overrides(folder / "undisturbed", steps), "checkpoint.every=0", "log.progress=false"]
+            folder = self._folder / "undisturbed"
+            overrides = [*self.overrides(folder), "checkpoint.every=0", "log.progress=false"]
             train(load_config(CONFIG, overrides))
-            self._undisturbed[steps] = losses(folder / "undisturbed")
-        return self._undisturbed[steps]
+            self._undisturbed = losses(folder)
+            assert len(self._undisturbed) == STEPS
+        return self._undisturbed
+
+
+def torchrun(hosts: Sequence[Host], overrides: Sequence[str], **settings: str) -> list[Running]:
+    """``launch/torchrun.sh`` with one rank on each of some hosts, which meet at the first."""
+    environment = {
+        "NODES": str(len(hosts)),
+        "HOST0": hosts[0].name,
+        "PORT": "22000",
+        "PROCESSES": "1",
+        "RUN_NAME": "test",
+        "RESTARTS": "0",
+        "RDZV_CONF": QUICK_RENDEZVOUS,
+        **settings,
+    }
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), str(CONFIG), *overrides]
+    return [host.popen(command, environment) for host in hosts]
+
+
+def ranks(host: Host) -> list[int]:
+    """Process ids of the ranks that train on a host."""
+    found = []
+    for pid in host.processes("-m scale_digrap"):
+        with contextlib.suppress(OSError):
+            if any(line.startswith(b"RANK=") for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                found.append(pid)
+    return found
 
 
 def losses(run_dir: Path) -> list[float]:
