@@ -36,8 +36,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
-    0: done. 2: an error that the user can put right. Of ``train`` and ``evaluate``, docs/training.md: 75 stopped as asked to, go on with
-    the same command; 3 nothing but bad steps; 4 the ranks disagree; 5 a rank was lost. 130: interrupted.
+    0: done. 2: an error that the user can put right. Of ``train`` and ``evaluate``, docs/training.md: 75 stopped as
+    asked to, go on with the same command; 3 nothing but bad steps; 4 the ranks disagree; 5 a rank was lost. 130:
+    interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
