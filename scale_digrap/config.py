@@ -158,13 +158,16 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """DiGraP or AdamW."""
+    """DiGraP, one of its siblings, or AdamW. A method ignores the others' options."""
 
     name: str = "digrap"
-    """``digrap`` or ``adamw``. The DiGraP options below are ignored by AdamW."""
+    """``digrap``, ``spd`` (selective projection decay), ``l2sp`` (penalty on the distance) or ``adamw``."""
 
     lr: float = 1e-4
     """Peak learning rate."""
+
+    strength: Optional[float] = None  # noqa: UP045
+    """λ of ``spd`` (default 0.5) and ``l2sp`` (default 0.01)."""
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Adam's decay rates of the first and second moment."""
@@ -427,7 +430,7 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer.name": ("digrap", "adamw"),
+    "optimizer.name": ("digrap", "spd", "l2sp", "adamw"),
     "optimizer.normalization": ("row", "tensor"),
     "optimizer.project_when": ("conflict", "agree"),
     "optimizer.anchor": ("auto", "initial", "zero", "none"),
@@ -579,6 +582,10 @@ def validate(config: Config) -> None:
         _check_range(config, key, low=0)
     _check_range(config, "checkpoint.keep", low=1)
     _check_range(config, "optimizer.weight_decay", low=0.0)
+    if config.optimizer.strength is not None:
+        _check_range(config, "optimizer.strength", low=0.0)
+        if config.optimizer.name not in ("spd", "l2sp"):
+            raise ConfigError(f"optimizer.strength is of spd and l2sp; optimizer.name is {config.optimizer.name}")
     _check_range(config, "lora.dropout", low=0.0, below=1.0)
     for key in ("schedule.warmup_init_ratio", "schedule.min_lr_ratio"):
         _check_range(config, key, low=0.0, high=1.0)
@@ -619,7 +626,7 @@ def validate(config: Config) -> None:
         )
     if config.lora.enabled and not config.lora.targets:
         raise ConfigError("lora.targets is empty: name the linear modules that get an adapter")
-    if config.lora.enabled and config.optimizer.name == "digrap" and config.optimizer.anchor == "initial":
+    if config.lora.enabled and config.optimizer.name != "adamw" and config.optimizer.anchor == "initial":
         raise ConfigError(
             "optimizer.anchor=initial anchors LoRA adapters at their random initialisation: use auto or zero"
         )

@@ -10,7 +10,7 @@ class LayerStats:
     """One layer's figures of the last step, equal on all ranks; δ = θ − θ0 is the drift before that step's update.
 
     Attributes:
-        omega: projection strength ω after the step, in [0, omega_max].
+        omega: projection strength ω after the step, in [0, omega_max]; NaN for a method without it.
         conflict: whether <g, δ> < 0: descent leads away from the anchor.
         conflict_rate: the share of all steps so far that were in conflict, in [0, 1].
         drift: ‖δ‖.

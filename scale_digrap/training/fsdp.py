@@ -33,7 +33,7 @@ from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.portable import PortableState
 from scale_digrap.sharding.dtensor import local, shard_count
 from scale_digrap.training.engine import TrainingError, Update
-from scale_digrap.training.optimizer import build_optimizer, digrap_anchors
+from scale_digrap.training.optimizer import build_optimizer, held_anchors
 from scale_digrap.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class FsdpEngine(Ranks):
         return loaded.model, optimizer
 
     def anchors(self, loaded: LoadedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-        return digrap_anchors(optimizer)
+        return held_anchors(optimizer)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from scale_digrap.training.export import save_final
 from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import Metrics, memory_mb, read_log
-from scale_digrap.training.optimizer import capture_anchors, digrap_summary, keeps_anchors
+from scale_digrap.training.optimizer import capture_anchors, keeps_anchors, layer_summary
 from scale_digrap.training.schedule import build_schedule
 from scale_digrap.training.stop import StopRequests, clear_markers
 from scale_digrap.training.watchdog import Watchdog, lost_rank
@@ -401,7 +401,7 @@ class _Run:
             **{f"epochs_{name}": count for name, count in self.loader.epochs().items() if len(self.loader.names) > 1},
             "omega_mean": None,
             "conflict_rate": None,
-            **(digrap_summary(self.optimizer) if self.stepped else {}),
+            **(layer_summary(self.optimizer) if self.stepped else {}),
         }
         figures = {name: float(f) if isinstance(f, torch.Tensor) else f for name, f in figures.items()}
         self.metrics.write(number, figures)

@@ -38,7 +38,7 @@ def parameter_groups(loaded: LoadedModel, config: OptimizerConfig) -> list[dict[
 
 
 def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
-    """DiGraP or AdamW over the trained parameters; the engine has DiGraP's anchors captured."""
+    """The configured method over the trained parameters; the engine has its anchors captured."""
     groups = parameter_groups(loaded, config)
     common: dict[str, Any] = {
         "lr": config.lr,
@@ -51,8 +51,12 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         # On a CPU, torch's default for sharded parameters is a Python loop, ten times slower than its fused kernel.
         fused = named[0][1].device.type in ("cpu", "cuda")
         return torch.optim.AdamW(named, fused=fused or None, **common)
-    from scale_digrap import DiGraP
+    from scale_digrap import AdamL2SP, AdamSPD, DiGraP
 
+    if config.name in ("spd", "l2sp"):
+        method = AdamSPD if config.name == "spd" else AdamL2SP
+        strength = {} if config.strength is None else {"strength": config.strength}
+        return method(groups, anchor_dtype=config.anchor_dtype, **strength, **common)
     return DiGraP(
         groups,
         omega_lr=config.omega_lr,
@@ -99,8 +103,8 @@ def count_anchors(optimizer: Optimizer) -> int:
     return sum(len(group["param_names"]) for group in groups)
 
 
-def digrap_anchors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """The anchors that DiGraP holds, by parameter name (no copies); zero anchors are not among them."""
+def held_anchors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The anchors that an optimizer holds, by parameter name (no copies); zero anchors are not among them."""
     anchors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -111,15 +115,12 @@ def digrap_anchors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     return anchors
 
 
-def digrap_summary(optimizer: Optimizer) -> dict[str, float]:
-    """Mean ω and mean conflict rate over the anchored layers; empty for another optimizer or without anchors."""
+def layer_summary(optimizer: Optimizer) -> dict[str, float]:
+    """Mean conflict rate over the anchored layers, and mean ω of DiGraP; empty for AdamW or without anchors."""
     stats = getattr(optimizer, "layer_stats", None)
-    if stats is None:
-        return {}
-    layers = [layer for layer in stats().values() if not math.isnan(layer.omega)]
+    layers = [] if stats is None else list(stats().values())
     if not layers:
         return {}
-    return {
-        "omega_mean": sum(layer.omega for layer in layers) / len(layers),
-        "conflict_rate": sum(layer.conflict_rate for layer in layers) / len(layers),
-    }
+    summary = {"conflict_rate": sum(layer.conflict_rate for layer in layers) / len(layers)}
+    omegas = [layer.omega for layer in layers if not math.isnan(layer.omega)]
+    return summary | ({"omega_mean": sum(omegas) / len(omegas)} if omegas else {})

@@ -81,14 +81,16 @@ def learning_rate(t: int) -> float:
     return 1e-2 * (0.6 + 0.4 * math.cos(t / 30))
 
 
-def make_optimizer(model: nn.Module, **options: Any) -> DiGraP:
+def make_optimizer(model: nn.Module, method: type = DiGraP, **options: Any) -> Any:
     named = [(n.replace("_fsdp_wrapped_module.", "").removeprefix("module."), p) for n, p in model.named_parameters()]
     kind = {"lora_b": "zero", "head": None}
     groups: dict[Any, dict] = {}
     for name, parameter in named:
         anchor = kind.get(name.split(".")[-1], "initial")
         groups.setdefault(anchor, {"params": [], "anchor": anchor})["params"].append((name, parameter))
-    return DiGraP(list(groups.values()), omega_lr=0.05, **options)
+    if method is DiGraP:
+        options["omega_lr"] = 0.05
+    return method(list(groups.values()), **options)
 
 
 def shard(model: nn.Module, kind: str) -> tuple[nn.Module, Any]:

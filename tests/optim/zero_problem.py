@@ -158,7 +158,8 @@ def sum_counter(optimizer: DiGraP) -> list[int]:
 
 def twin(
     world: int, steps: int, groups: str = "three", accumulate: int = 1, clip: float = 0.0,
-    gradients: list[dict[str, np.ndarray]] | None = None, bf16: bool = False, **options: Any,
+    gradients: list[dict[str, np.ndarray]] | None = None, bf16: bool = False, layer: type[Layer] = Layer,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The same training in float64; with ``gradients``, from those instead of the known ones."""
     layers: dict[str, Layer] = {}
@@ -169,32 +170,33 @@ def twin(
         start = (p.to(torch.bfloat16) if bf16 else p).detach().double()
         kind = kinds.get(name.split(".")[-1], "initial")
         anchor = {"initial": start, "zero": torch.zeros_like(start), None: None}[kind]
-        layers[name] = Layer(start, anchor, omega_lr=0.05, **options)
-    starts = {name: layer.theta.clone() for name, layer in layers.items()}
+        layers[name] = layer(start, anchor, omega_lr=0.05, **options)
+    starts = {name: one.theta.clone() for name, one in layers.items()}
     far = dict.fromkeys(layers, 0.0)
     for t in range(steps):
         if gradients is not None:
             grads = {name: torch.as_tensor(gradients[t][name]).double() for name in layers}
         else:
-            grads = {name: torch.zeros_like(layer.theta) for name, layer in layers.items()}
+            grads = {name: torch.zeros_like(one.theta) for name, one in layers.items()}
             for rank in range(world):
                 for micro in range(accumulate):
                     aims = targets(t, rank, micro)
-                    for name, layer in layers.items():
+                    for name, one in layers.items():
                         leaf = name.split(".")[-1]
                         weight = (2.0 if leaf == "tied" else 1.0) / (world * accumulate)
-                        grads[name] += weight * (layer.theta - aims[leaf].double())
+                        grads[name] += weight * (one.theta - aims[leaf].double())
             if clip:
                 norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
                 grads = {name: g / max(1.0, (norm + 1e-6) / clip) for name, g in grads.items()}
-        for name, layer in layers.items():
-            layer.step(grads[name], learning_rate(t))
-            far[name] = max(far[name], float((layer.theta - starts[name]).norm()))
+        for name, one in layers.items():
+            one.step(grads[name], learning_rate(t))
+            far[name] = max(far[name], float((one.theta - starts[name]).norm()))
     return {
-        "params": {name: layer.theta.numpy() for name, layer in layers.items()},
+        "layers": layers,
+        "params": {name: one.theta.numpy() for name, one in layers.items()},
         "far": far,
-        "omega": {name: layer.omega for name, layer in layers.items() if layer.anchor is not None},
-        "moment": {name: layer.a for name, layer in layers.items() if layer.anchor is not None},
-        "conflicts": {name: layer.conflicts for name, layer in layers.items()},
+        "omega": {name: one.omega for name, one in layers.items() if one.anchor is not None},
+        "moment": {name: one.a for name, one in layers.items() if one.anchor is not None},
+        "conflicts": {name: one.conflicts for name, one in layers.items()},
         "grad_norm": math.sqrt(sum(float(g.square().sum()) for g in grads.values())),
     }

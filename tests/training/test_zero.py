@@ -87,6 +87,7 @@ OPTIONS = {
         {"model": {"new_layers": ["multi_modal_projector"]}, "optimizer": {"name": "digrap"}},
     ),
     "all-ranks-load": ([{**zero(3), "load_sharded": False}], {}),
+    "spd": (STAGES[1:], {"optimizer": {"name": "spd", "strength": 1.0}}),
 }
 
 
@@ -94,8 +95,7 @@ OPTIONS = {
 def test_options_train_the_same_model(dist_pool, checkpoint, shards, tmp_path, name):
     shardings, sections = OPTIONS[name]
     start = {"lora": sections["lora"]} if "lora" in sections else {}
-    digrap = sections.get("optimizer", {}).get("name") == "digrap"
-    tolerance = 2e-3 if digrap else 1e-4
+    tolerance = 2e-3 if "optimizer" in sections else 1e-4
     compare(dist_pool, tmp_path, checkpoint("paligemma"), shards, sections, shardings, tolerance=tolerance, **start)
 
 
