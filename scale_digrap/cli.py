@@ -93,6 +93,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     shards = commands.add_parser("shards", help="write, check, describe and repair data sets of webdataset tar shards")
     _shards_arguments(shards, arguments)
 
+    launch = commands.add_parser(
+        "launch", help="start a command on hosts: here, on others by ssh, on Slurm or on Kubernetes; check the hosts"
+    )
+    _launch_arguments(launch, arguments)
+
     checkpoint = commands.add_parser("checkpoint", help="list, verify and show a run's checkpoints")
     export = commands.add_parser(
         "export",
@@ -130,6 +135,15 @@ def _shards_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str])
     easy.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write to")
     easy.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
     easy.set_defaults(run=_write_easy_vqa)
+
+
+def _launch_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The options of ``launch``, imported only when they are asked for."""
+    if "launch" not in arguments[:1]:
+        return
+    from scale_digrap.launch import cli
+
+    cli.add_arguments(parser)
 
 
 def _checkpoint_arguments(

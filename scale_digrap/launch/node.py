@@ -78,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
 
     ready = actions.add_parser("ready", help="can this host take part? prints the number of its GPUs")
     ready.add_argument("--port", type=int, help="must be free here")
-    ready.add_argument("--file", type=Path, help="must be readable here")
     ready.set_defaults(run=_ready)
     return parser
 
@@ -177,8 +176,6 @@ def _ancestors() -> set[int]:
 
 
 def _ready(arguments: argparse.Namespace) -> None:
-    if arguments.file is not None and not os.access(arguments.file, os.R_OK):
-        raise NodeError(f"{arguments.file} cannot be read here: run_dir must be a folder that all hosts share")
     if arguments.port is not None:
         check_port(arguments.port)
     print(gpu_count())

@@ -309,9 +309,7 @@ def validate_spec(spec: LaunchConfig) -> None:
     if port is not None and not _PORTS[0] <= port <= _PORTS[1]:
         raise LaunchError(f"rendezvous.port must be from {_PORTS[0]} to {_PORTS[1]}, got {port}")
     if (spec.rendezvous.store == "file") != (spec.rendezvous.folder is not None):
-        raise LaunchError(
-            "rendezvous.folder goes with store: file, and only with it: name a shared folder"
-        )
+        raise LaunchError("rendezvous.folder goes with store: file, and only with it: name a shared folder")
     if spec.hosts and spec.hostfile:
         raise LaunchError("hosts and hostfile are both given: remove one of them")
     if len(set(spec.hosts)) != len(spec.hosts):
@@ -322,9 +320,7 @@ def validate_spec(spec: LaunchConfig) -> None:
         if "\n" in value:
             raise LaunchError(f"environment.{key} holds a line break, which deepspeed cannot carry: put it into a file")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", spec.slurm.time):
-        raise LaunchError(
-            f"slurm.time must be as Slurm writes it, such as 24:00:00 or 2-0, got {spec.slurm.time!r}"
-        )
+        raise LaunchError(f"slurm.time must be as Slurm writes it, such as 24:00:00 or 2-0, got {spec.slurm.time!r}")
     for option in spec.slurm.extra:
         if not option.startswith("-"):
             raise LaunchError(f"slurm.extra: {option!r} is no option of sbatch: write for example --constraint=a100")

@@ -45,12 +45,11 @@ def load_workload(command: str, config: str | Path, overrides: Sequence[str] = (
     if command == "quickstart":
         return Workload(command, "", tuple(overrides), _quickstart_folder(overrides), "")
     if command == "evaluate":
-        from scale_digrap.evaluation import evaluate_config as evaluation
+        from scale_digrap.evaluation.evaluate_config import evaluate_config_to_yaml, load_evaluate_config
 
-        evaluated = evaluation.load_evaluate_config(config, list(overrides))
-        return Workload(
-            command, str(config), tuple(overrides), Path(evaluated.out), evaluation.evaluate_config_to_yaml(evaluated)
-        )
+        evaluated = load_evaluate_config(config, list(overrides))
+        resolved = evaluate_config_to_yaml(evaluated)
+        return Workload(command, str(config), tuple(overrides), Path(evaluated.out), resolved)
     trained = load_config(config, overrides)
     validate_for_training(trained)
     return Workload(command, str(config), tuple(overrides), Path(trained.run_dir), config_to_yaml(trained))
