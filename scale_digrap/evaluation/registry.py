@@ -86,6 +86,7 @@ FRAMES_VQA = SuiteRegistry(
             "v2_OpenEnded_mscoco_valrep2014_humans_og_questions.json",
             "v2_mscoco_valrep2014_humans_og_annotations.json",
             expected=162_016,
+            verified=True,
             options=" --derived rephrased",
         ),
         _vqa(
@@ -127,6 +128,7 @@ FRAMES_VQA = SuiteRegistry(
             title="TextVQA",
             description="Questions whose answer must be read in the picture.",
             expected=5_000,
+            verified=False,
             files=("TextVQA_0.5.1_val.json", "pictures: train_images (Open Images)"),
             command="textvqa --annotations TextVQA_0.5.1_val.json --images train_images",
         ),
@@ -166,6 +168,7 @@ GQA = SuiteRegistry(
             metric="exact",
             description="Compositional questions about real pictures, balanced test-dev set.",
             expected=12_578,
+            verified=False,
             files=("testdev_balanced_questions.json", "pictures: GQA's images"),
             command="gqa --questions testdev_balanced_questions.json --images images",
         ),

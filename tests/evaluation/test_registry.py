@@ -198,3 +198,15 @@ def test_from_official_files_to_suites(tmp_path, monkeypatch):
     assert (len(ShardDataset(gqa.shards)), len(ShardDataset(ood.shards))) == (2, 3)
     with pytest.raises(SuiteError, match="'gqa_ood' has 3 questions, expected 2796"):
         ood.check_count(3)
+
+
+def test_the_documentation_has_every_suite_as_it_is():
+    text = (Path(__file__).parents[2] / "docs" / "suites.md").read_text(encoding="utf-8")
+    for suite in (one for registry in REGISTRIES.values() for one in registry.values() if one.command):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{suite.name}` |")]
+        assert f"| `{suite.command}` |" in row
+        assert f"| {'ID' if suite.group == 'id' else f'{suite.group}, {suite.shift}'} |" in row
+        if suite.expected is not None:
+            assert f"| {suite.expected:,}{'' if suite.verified else ' ?'} |" in row
+        else:
+            assert "| ~" in row
