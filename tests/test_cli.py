@@ -108,7 +108,9 @@ def test_a_run_trains_evaluates_and_sums_up(file, tmp_path):
     assert 0 <= summary["evaluation"]["same"] <= 1
     assert summary["evaluation"]["mean:near"] == summary["evaluation"]["other"]
     record = json.loads((folder / "evaluation" / "same.json").read_text())
-    assert len(record["records"]) == 48
+    assert record["questions"] == 48
+    predictions = (folder / "evaluation" / record["predictions"]).read_text().splitlines()
+    assert [json.loads(line)["index"] for line in predictions] == list(range(48))
     assert record["prompt_template"]["prompt"] == "Question: {question} Answer:"
 
 

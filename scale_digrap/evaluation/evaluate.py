@@ -67,11 +67,13 @@ def run(config: EvaluateConfig) -> Path:
         RunStopped: a signal or ``max_time``; the same command goes on.
     """
     ranks: Ranks | None = None
+    ours = not dist.is_initialized()
     try:
         ranks = Ranks(_rank_config(config))
         _Evaluation(config, ranks).run()
     except RunStopped:
-        _leave()
+        if ours:
+            _leave()
         raise
     except RuntimeError as error:
         rank = 0 if ranks is None else ranks.rank
@@ -81,7 +83,8 @@ def run(config: EvaluateConfig) -> Path:
             f"rank {rank} lost contact with another rank, which has died or hangs; what is answered is kept, the same "
             "command goes on from there"
         ) from error
-    _leave()
+    if ours:
+        _leave()
     return Path(config.out)
 
 

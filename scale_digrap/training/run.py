@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from functools import partial
 from pathlib import Path
@@ -76,43 +77,78 @@ def _suites(config: Config) -> list[Any]:
     if not config.evaluation.suites:
         return []
     from scale_digrap.evaluation.suites import Suite
+    from scale_digrap.evaluation.tasks import check_questions
     from scale_digrap.training.data import open_shards
 
-    suites = []
+    suites, datasets = [], {}
     for name, suite in config.evaluation.suites.items():
-        open_shards(config.data, suite.shards)
+        datasets[name] = open_shards(config.data, suite.shards)
         suites.append(
             Suite(name=name, group=suite.group, shift=suite.shift, metric=suite.metric, shards=tuple(suite.shards))  # type: ignore[arg-type]
         )
+    check_questions(_Alone(), suites, datasets)
     return suites
 
 
+class _Alone:
+    """Before the ranks know each other every one of them checks for itself."""
+
+    rank, world_size = 0, 1
+
+
 def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[str, float | None]:
-    from scale_digrap.evaluation.runner import evaluate
+    from scale_digrap.evaluation.runner import answer
+    from scale_digrap.evaluation.signals import Signals
     from scale_digrap.evaluation.suites import averages
+    from scale_digrap.evaluation.tasks import begin, merge, on_first, open_suites, read_results
     from scale_digrap.training.data import open_shards
 
-    engine = result.engine
-    results = evaluate(
+    engine, folder = result.engine, Path(config.run_dir) / "evaluation"
+    # Of weights that a run before this one had; what this one has may differ by rounding.
+    on_first(engine, lambda: shutil.rmtree(folder, ignore_errors=True))
+    datasets = open_suites(engine, suites, partial(open_shards, config.data))
+    generation = {"max_new_tokens": config.evaluation.max_new_tokens}
+    made_with = {
+        "step": result.steps,
+        "prompt_template": result.collator.template.to_dict(),
+        "generation": generation,
+    }
+    settings = {suite.name: {**made_with, "metric": suite.metric} for suite in suites}
+    tasks = begin(engine, folder, suites, datasets, settings)
+    answer(
         result.model,
         result.collator,
-        suites,
+        tasks,
+        signals=lambda lockstep: Signals(
+            engine.rank, engine.world_size, lockstep=lockstep, timeout_s=config.training.timeout_s
+        ),
         dp_rank=engine.dp_rank,
         dp_world_size=engine.dp_world_size,
         device=engine.device,
         batch_size=config.evaluation.batch_size,
-        max_new_tokens=config.evaluation.max_new_tokens,
+        generation=generation,
         workers=config.evaluation.workers,
-        open_shards=partial(open_shards, config.data),
     )
-    if engine.rank == 0:
-        folder = Path(config.run_dir) / "evaluation"
-        folder.mkdir(exist_ok=True)
+    merge(engine, tasks)
+
+    def scores() -> dict[str, float]:
+        results = read_results(folder, suites)
         for name, suite_result in results.items():
-            record = {**suite_result.to_json(), "prompt_template": result.collator.template.to_dict()}
-            (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    scores: dict[str, float | None] = {name: suite_result.accuracy for name, suite_result in results.items()}
-    return {**scores, **{f"mean:{name}": mean for name, mean in averages(scores, suites).items()}}
+            entry = {
+                "suite": name,
+                "metric": suite_result.metric,
+                "questions": suite_result.n,
+                "accuracy": suite_result.accuracy,
+                "by_question_type": suite_result.by_question_type(),
+                "by_answer_type": suite_result.by_answer_type(),
+                "predictions": f"{name}.jsonl",
+                **made_with,
+            }
+            (folder / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        return {name: suite_result.accuracy for name, suite_result in results.items()}
+
+    found: dict[str, float | None] = dict(on_first(engine, scores))
+    return {**found, **{f"mean:{name}": mean for name, mean in averages(found, suites).items()}}
 
 
 def _print(summary: dict[str, Any], console: Console) -> None:
