@@ -11,7 +11,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-fast lint format benchmark clean
+.PHONY: quickstart test test-fast cluster-tools lint format benchmark clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/scale-digrap quickstart $(ARGS)
@@ -21,6 +21,11 @@ test: $(INSTALLED) lint
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not distributed" $(ARGS)
+
+# Programs that the launch tests put on their hosts, and a browser for the report's test: installed as root with apt,
+# else named. Without them those tests are skipped, with the reason.
+cluster-tools:
+	@bash .ci/cluster-tools
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -136,7 +136,7 @@ def _endpoint(
     if "CROSS_RANK" in environment and "MASTER_ADDR" in environment:  # the deepspeed launcher
         return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if hosts:
-        return hosts[0], 20000 + int(environment.get("SLURM_JOB_ID", _PORT - 20000)) % 20000
+        return hosts[0], 20000 + int(environment.get("SLURM_JOB_ID", _PORT - 20000)) % 10000
     if nodes > 1:
         raise PreflightError("where do the hosts meet? give --hosts, or --endpoint HOST:PORT with the host of rank 0")
     return "localhost", _PORT

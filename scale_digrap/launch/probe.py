@@ -341,7 +341,7 @@ def checkpoint_bytes(config: Config) -> int | None:
 
 def _state_bytes(config: Config, weights: Mapping[str, tuple[int, Sequence[int], str]]) -> int | None:
     trained, anchors = 0, 0
-    anchored = config.optimizer.name == "digrap" and config.checkpoint.anchors and config.optimizer.anchor != "none"
+    anchored = config.optimizer.name != "adamw" and config.checkpoint.anchors and config.optimizer.anchor != "none"
     for name, (count, shape, dtype) in weights.items():
         module = name.removesuffix(".weight")
         if config.lora.enabled:

@@ -378,6 +378,8 @@ class Cluster:
             host.throttle(None)
             host.power_off()
             host.power_on()
+        if self.slurm is not None:
+            self.slurm.reset()
 
     def close(self) -> None:
         """End every process, by its id, and remove everything. May be called twice."""

@@ -106,7 +106,15 @@ class Slurm:
         control.run(["slurmctld", "-c"], environment, check=True)
         for host in cluster.hosts:
             self.start_node(host)
-        wait_until(self._all_idle, 30, self.log)
+        wait_until(self._all_idle, 60, self.log)
+
+    def reset(self) -> None:
+        """No jobs, and all nodes idle, after the hosts were powered on anew."""
+        self("scancel", "--full", "--user=root")
+        for host in self._cluster.hosts:
+            self.start_node(host)
+        wait_until(lambda: not self("squeue", "--noheader").strip(), 60, self.log)
+        wait_until(self._all_idle, 60, self.log)
 
     def start_node(self, host: Host) -> None:
         """Start slurmd, on a host that has just been powered on."""
@@ -145,11 +153,6 @@ class Slurm:
 
         wait_until(lambda: self.state(job) == "PENDING", timeout, self.log)
         wait_until(running, timeout, self.log)
-
-    def cancel_all(self) -> None:
-        """End all jobs."""
-        self("scancel", "--full", "--user=root")
-        wait_until(lambda: not self("squeue", "--noheader").strip(), 60, self.log)
 
     def log(self) -> str:
         """What the daemons say and where the jobs are, for a test that fails."""

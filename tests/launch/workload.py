@@ -39,7 +39,7 @@ class Workload:
         self._undisturbed: list[float] | None = None
 
     def overrides(self, run_dir: Path, *more: str) -> list[str]:
-        """``key=value`` for :data:`CONFIG`: global batches of 8 on however many ranks, a checkpoint every four steps."""
+        """``key=value`` for :data:`CONFIG`: global batches of 8 on any number of ranks, a checkpoint every 4 steps."""
         return [
             f"run_dir={run_dir}",
             f"data.train=[{','.join(map(str, self.train))}]",
