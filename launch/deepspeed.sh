@@ -21,7 +21,11 @@ HOST0=${HOST0:-node0}  # address of the first host (default: its name in the hos
 PORT=${PORT:-22948}  # on HOST0
 SSH_OPTIONS=${SSH_OPTIONS:-}
 # Variables of this shell that all hosts get, as patterns. deepspeed itself carries hardly any.
-CARRY=('*_proxy' 'AWS_*' 'CONDA_*' CUDA_HOME 'DS_*' 'FI_*' 'GLOO_*' 'GOOGLE_*' 'HF_*' LD_LIBRARY_PATH 'MKL_*' 'NCCL_*' NCCL_DEBUG 'OMP_*' PATH 'PYTHON*' 'SCALE_DIGRAP_*' 'TOKENIZERS_*' 'TORCH*' 'TRANSFORMERS_*' 'UCX_*' VIRTUAL_ENV 'WANDB_*')
+CARRY=(
+  '*_proxy' 'AWS_*' 'CONDA_*' CUDA_HOME 'DS_*' 'FI_*' 'GLOO_*' 'GOOGLE_*' 'HF_*' LD_LIBRARY_PATH
+  'MKL_*' 'NCCL_*' NCCL_DEBUG 'OMP_*' PATH 'PYTHON*' 'SCALE_DIGRAP_*' 'TOKENIZERS_*' 'TORCH*' 'TRANSFORMERS_*'
+  'UCX_*' VIRTUAL_ENV 'WANDB_*'
+)
 STOP_WITHIN=${STOP_WITHIN:-90}  # seconds for a checkpoint when asked to stop
 PREFLIGHT=${PREFLIGHT:-0}  # 1: compare the hosts before training
 PYTHON=${PYTHON:-python}

@@ -21,7 +21,11 @@ HOST0=${HOST0:-{{ host0 | sh }}}  # address of the first host (default: its name
 PORT=${PORT:-{{ port | sh }}}  # on HOST0
 SSH_OPTIONS=${SSH_OPTIONS:-{{ ssh_options | join(' ') | sh }}}
 # Variables of this shell that all hosts get, as patterns. deepspeed itself carries hardly any.
-CARRY=({{ carry | map('sh') | join(' ') }})
+CARRY=(
+{%- for part in carry | batch(10) %}
+  {{ part | map('sh') | join(' ') }}
+{%- endfor %}
+)
 STOP_WITHIN=${STOP_WITHIN:-{{ stop_within_s }}}  # seconds for a checkpoint when asked to stop
 PREFLIGHT=${PREFLIGHT:-{{ '1' if preflight else '0' }}}  # 1: compare the hosts before training
 PYTHON=${PYTHON:-{{ python | sh }}}

@@ -1,0 +1,128 @@
+"""Manifests against the schemas of Kubernetes, JobSet and Kubeflow Trainer, unknown keys included."""
+
+from __future__ import annotations
+
+import copy
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.launch import golden_files
+
+VERSION = "1.32"
+MANIFESTS = [path for path in golden_files.rendered() if path.suffix == ".yaml"]
+OWN_MODELS = {"JobSet": "JobsetV1alpha2JobSet", "TrainJob": "TrainerV1alpha1TrainJob"}
+
+
+def problems(document: dict[str, Any]) -> list[str]:
+    """What the API server would refuse, and what it would drop without a word."""
+    if document["kind"] in OWN_MODELS:
+        models = pytest.importorskip("kubeflow_trainer_api.models")
+        model = getattr(models, OWN_MODELS[document["kind"]])
+        found = list(unknown(document, model, ""))
+        try:
+            model.from_dict(document)
+        except ValueError as error:
+            found.append(str(error))
+        return found
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    try:
+        kubernetes_validate.validate(document, VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [f"{'.'.join(map(str, error.path))}: {error.message}"]
+    return []
+
+
+def unknown(value: Any, annotation: Any, path: str) -> Iterator[str]:
+    """Keys that a pydantic model does not have: pydantic itself ignores them."""
+    parts = (annotation, *typing.get_args(annotation))
+    mapping = next((part for part in parts if typing.get_origin(part) is dict), None)
+    model = next((part for part in flattened(annotation) if hasattr(part, "model_fields")), None)
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unknown(item, annotation, f"{path}[{number}]")
+    elif isinstance(value, dict) and mapping is not None:  # labels, limits: the keys are free
+        for key, item in value.items():
+            yield from unknown(item, typing.get_args(mapping)[1], f"{path}.{key}")
+    elif isinstance(value, dict) and model is not None:
+        fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+        if set(fields) != {"actual_instance"}:  # a union, such as a quantity
+            for key, item in value.items():
+                if key in fields:
+                    yield from unknown(item, fields[key], f"{path}.{key}")
+                else:
+                    yield f"{path}.{key}: unknown field"
+
+
+def flattened(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from flattened(part)
+
+
+def documents() -> list[dict[str, Any]]:
+    return [document for path in MANIFESTS for document in yaml.safe_load_all(path.read_text())]
+
+
+def test_every_manifest_is_valid():
+    kinds = [document["kind"] for document in documents()]
+    assert sorted(set(kinds)) == ["Job", "JobSet", "Service", "TrainJob"]
+    for document in documents():
+        assert problems(document) == [], document["kind"]
+
+
+def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every key of a document whose name is given by a schema."""
+    free = ("limits", "nodeSelector", "selector", "labels", "metadata", "status")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield (*path, key)
+            if key not in free:
+                yield from paths(item, (*path, key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from paths(item, (*path, number))
+
+
+def test_a_typo_in_any_key_is_caught():
+    tried = 0
+    for document in documents()[:4]:
+        for path in paths(document):
+            if path[-1] in ("apiVersion", "kind") and len(path) == 1:
+                continue
+            damaged = copy.deepcopy(document)
+            parent: Any = damaged
+            for step in path[:-1]:
+                parent = parent[step]
+            parent[f"{path[-1]}x"] = parent.pop(path[-1])
+            assert problems(damaged), (document["kind"], path)
+            tried += 1
+    assert tried > 150
+
+
+def test_names_fit_together():
+    service, job, jobset, trainjob = documents()[:4]
+    pod = job["spec"]["template"]["spec"]
+    name = job["metadata"]["name"]
+    assert service["metadata"]["name"] == pod["subdomain"] == name
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert f'--rdzv-endpoint="{name}-0.{name}:29400"' in pod["containers"][0]["command"][2]
+    script = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    assert f'--rdzv-endpoint="{name}-node-0-0.{name}:29400"' in script
+    assert '--rdzv-endpoint="$PET_MASTER_ADDR:$PET_MASTER_PORT"' in trainjob["spec"]["trainer"]["command"][2]
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"]
+    assert {rule["onExitCodes"]["containerName"] for rule in rules[:2]} == {pod["containers"][0]["name"]}
+    for manifest in (job, documents()[5]):
+        grace = manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        env = {entry["name"]: entry["value"] for entry in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
+        assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
+
+
+def test_dollars_in_values_survive_the_kubelet():
+    everything = documents()[5]
+    env = {entry["name"]: entry["value"] for entry in everything["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["GREETING"] == 'it\'s $$5, "100 %" # no comment'
