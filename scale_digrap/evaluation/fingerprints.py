@@ -26,12 +26,12 @@ from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import SampleError
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.data.urls import is_local
-from scale_digrap.evaluation.image_hash import ImageHash, image_hash
+from scale_digrap.evaluation.image_hash import COLOURS, ImageHash, image_hash
 
 BLOCK = 1024
 """Samples that a rank reads at a time."""
 _REMEMBERED = 1 << 20
-_VERSION = 1
+_VERSION = 2
 """Raised when the same samples would give other digests."""
 
 _COCO = re.compile(r"(?:.*/)?(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})")
@@ -51,6 +51,7 @@ class Fingerprints:
         texts: uint64 [n, 2], of the normalised text together with the picture's id and with the original picture's.
         owners: int64 [m], the sample that each picture belongs to.
         pixels, perceptual: uint64 [m], see `ImageHash`.
+        colours: uint8 [m, COLOURS], see `ImageHash`.
         flat: bool [m], pictures that show nothing.
         unreadable: int64 [n], 1 where a sample or a picture of it could not be decoded.
     """
@@ -61,11 +62,17 @@ class Fingerprints:
     owners: np.ndarray
     pixels: np.ndarray
     perceptual: np.ndarray
+    colours: np.ndarray
     flat: np.ndarray
     unreadable: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pictures(self, chosen: np.ndarray) -> Fingerprints:
+        """The same samples with some of their pictures: bool [m]."""
+        names = ("owners", "pixels", "perceptual", "colours", "flat")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     @classmethod
     def join(cls, parts: Sequence[tuple[int, Fingerprints]]) -> Fingerprints:
@@ -77,7 +84,8 @@ class Fingerprints:
     def empty(cls) -> Fingerprints:
         words, numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
         wide = words.reshape
-        return cls(words, wide(0, 3), wide(0, 2), numbers, words, words, np.zeros(0, bool), numbers)
+        colours = np.zeros((0, COLOURS), np.uint8)
+        return cls(words, wide(0, 3), wide(0, 2), numbers, words, words, colours, np.zeros(0, bool), numbers)
 
 
 def read_blocks(
@@ -172,6 +180,7 @@ def _block(dataset: ShardDataset, numbers: range, hashes: _ImageHashes | None) -
         np.array([owner for owner, _ in good], np.int64),
         np.array([one.pixels for _, one in good], np.uint64),
         np.array([one.perceptual for _, one in good], np.uint64),
+        np.frombuffer(b"".join(one.colours for _, one in good), np.uint8).reshape(-1, COLOURS),
         np.array([one.flat for _, one in good], bool),
         unreadable,
     )

@@ -11,8 +11,8 @@ Four kinds of matches are counted, per suite, in questions:
 ``exact_image``
     one of its pictures has the same pixels as a picture in the training data, whatever it is asked.
 ``near_image``
-    a perceptual hash within `distance` bits of a training picture's: a candidate to be looked at. Exact copies are
-    among them.
+    a perceptual hash within `distance` bits of a training picture's that also has the same colours in the same places:
+    a candidate to be looked at. Exact copies are among them.
 
 Pictures that show nothing (one colour) are counted, and compared by neither hash. Each rank reads its share of all
 shards; the suites' digests are gathered once and the matches reduced once.
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from scale_digrap.data.dataset import ShardDataset
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.fingerprints import Fingerprints, read_blocks
-from scale_digrap.evaluation.image_hash import HammingIndex
+from scale_digrap.evaluation.image_hash import HammingIndex, same_colours
 from scale_digrap.evaluation.suites import Suite
 
 SCHEMA = 1
@@ -238,15 +238,12 @@ class _Matches:
     @classmethod
     def of(cls, prints: Fingerprints, trained: Fingerprints, rows: np.ndarray, distance: int) -> _Matches:
         """The matches among the training samples `rows`, whose fingerprints are `trained`."""
-        shown, seen = ~prints.flat, ~trained.flat
-        pictures = {"owners": prints.owners[shown], "questions": len(prints)}
+        shown, seen = prints.pictures(~prints.flat), trained.pictures(~trained.flat)
         first = [
             _equal(prints.questions, trained.questions, rows),
             _equal(prints.texts, trained.texts, rows),
-            _by_owner(_equal(prints.pixels[shown, None], trained.pixels[seen, None], trained.owners[seen]), **pictures),
-            _by_owner(
-                _near(prints.perceptual[shown], trained.perceptual[seen], trained.owners[seen], distance), **pictures
-            ),
+            _by_owner(shown, _equal(shown.pixels[:, None], seen.pixels[:, None], seen.owners)),
+            _by_owner(shown, _near(shown, seen, distance)),
             _equal(prints.ids[:, None], trained.ids[:, None], rows),
         ]
         return cls(prints, np.stack(first))
@@ -299,20 +296,24 @@ def _equal(keys: np.ndarray, trained: np.ndarray, rows: np.ndarray) -> np.ndarra
     return first[inverse].reshape(keys.shape).min(axis=1, initial=_NONE)
 
 
-def _near(hashes: np.ndarray, trained: np.ndarray, owners: np.ndarray, distance: int) -> np.ndarray:
+def _near(prints: Fingerprints, trained: Fingerprints, distance: int) -> np.ndarray:
     """Per picture of a suite, the closest training picture: bits that differ, then its sample."""
-    known, inverse = np.unique(hashes, return_inverse=True)
-    first = np.full(len(known), _NONE)
-    queries, places = np.unique(trained, return_index=True)  # the first of equal ones, which has the smallest owner
-    for asked, found, different in HammingIndex(known, distance).search(queries):
-        np.minimum.at(first, found, (different << _SHIFT) | owners[places[asked]])
+    _, places, inverse = np.unique(prints.pixels, return_index=True, return_inverse=True)
+    own = prints.colours[places]
+    first = np.full(len(places), _NONE)
+    # Equal pictures are searched for once; the first of them has the smallest owner.
+    _, queries = np.unique(trained.pixels, return_index=True)
+    index = HammingIndex(prints.perceptual[places], distance)
+    for asked, found, different in index.search(trained.perceptual[queries]):
+        same = same_colours(trained.colours[queries[asked]], own[found])
+        np.minimum.at(first, found[same], (different[same] << _SHIFT) | trained.owners[queries[asked[same]]])
     return first[inverse]
 
 
-def _by_owner(first: np.ndarray, *, owners: np.ndarray, questions: int) -> np.ndarray:
+def _by_owner(prints: Fingerprints, first: np.ndarray) -> np.ndarray:
     """Matches of pictures → matches of the questions that they belong to."""
-    result = np.full(questions, _NONE)
-    np.minimum.at(result, owners, first)
+    result = np.full(len(prints), _NONE)
+    np.minimum.at(result, prints.owners, first)
     return result
 
 

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from scale_digrap.evaluation.image_hash import HammingIndex, image_hash
+from scale_digrap.evaluation.image_hash import COLOURS, HammingIndex, image_hash, same_colours
 from tests.evaluation.test_leakage import scene
 
 
@@ -51,8 +51,27 @@ def test_what_keeps_pixels_keeps_the_exact_hash_and_what_changes_little_keeps_th
         for one in changed:
             assert image_hash(one).pixels != image_hash(picture).pixels
             assert distance(one, picture) <= 4
+            assert alike(one, picture)
     # Size is part of the exact hash: the same bytes as 2 × 3 and as 3 × 2 pixels are other pictures.
     assert image_hash(Image.new("RGB", (2, 3))).pixels != image_hash(Image.new("RGB", (3, 2))).pixels
+
+
+def test_the_same_shapes_in_other_colours_are_other_pictures():
+    def drawing(colour: str, x: int = 20) -> Image.Image:
+        picture = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(picture).ellipse((x, 20, x + 24, 44), fill=colour)
+        return picture
+
+    assert distance(drawing("green"), drawing("#008080")) <= 4  # to the perceptual hash, nearly the same grey
+    assert not alike(drawing("green"), drawing("#008080"))
+    assert not alike(drawing("red"), drawing("blue"))
+    assert alike(drawing("red"), recompressed(drawing("red"), "JPEG", quality=80))
+
+
+def alike(a: Image.Image, b: Image.Image) -> bool:
+    colours = [np.frombuffer(image_hash(one).colours, np.uint8)[None] for one in (a, b)]
+    assert colours[0].shape == (1, COLOURS)
+    return bool(same_colours(*colours)[0])
 
 
 def test_different_pictures_are_far_apart():
