@@ -146,9 +146,10 @@ class Slurm:
         """Wait until a job that is requeued runs again; not the two minutes that Slurm makes it wait."""
 
         def running() -> bool:
-            if self.state(job) in ("RUNNING", "COMPLETED"):
+            if self.state(job) != "PENDING":
                 return True
-            self("scontrol", "update", f"JobId={job}", "StartTime=now")
+            # May fail: the job may have begun, and even ended, meanwhile.
+            self._cluster.control.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
             return False
 
         wait_until(lambda: self.state(job) == "PENDING", timeout, self.log)

@@ -64,7 +64,7 @@ def test_a_host_that_never_comes_is_named(make_cluster, workload, run_dir):
 
 def test_a_port_in_use_is_named(make_cluster, workload, run_dir):
     host = make_cluster(2)[0]
-    listens = host.popen(["python3", "-c", "import socket,time; socket.create_server(('',22300)); time.sleep(600)"])
+    listens = host.popen(["python3", "-c", "import socket,time; s=socket.create_server(('',22300)); time.sleep(600)"])
     host.run(["sh", "-c", "until ss -ltn | grep -q 22300; do sleep 0.1; done"], timeout=30, check=True)
     (run,) = preflight([host], ["node0", "node1"], workload.overrides(run_dir))
     assert run.wait(LIMIT_S) == 2, run.output()
