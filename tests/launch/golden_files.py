@@ -1,4 +1,4 @@
-"""What is shipped in ``launch/`` and what is kept in ``golden/``: ``python -m tests.launch.golden_files`` renders it anew.
+"""What is shipped in ``launch/`` and kept in ``golden/``: ``python -m tests.launch.golden_files`` renders it anew.
 
 Look at the difference before you commit it: it is what users will run.
 """

