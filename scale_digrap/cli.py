@@ -1,4 +1,4 @@
-"""The command line: ``scale-digrap train | evaluate | quickstart | shards | checkpoint | export``.
+"""The command line: ``scale-digrap train | evaluate | report | quickstart | shards | checkpoint | export``.
 
 A subcommand imports what it needs when it runs, so that ``--help`` answers at once. Errors of the package's own are one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
@@ -90,6 +90,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     _quickstart_arguments(quickstart, arguments)
 
+    report = commands.add_parser("report", help="tables and a page of one evaluation, or of several side by side")
+    _report_arguments(report, arguments)
+
     shards = commands.add_parser("shards", help="write, check, describe and repair data sets of webdataset tar shards")
     _shards_arguments(shards, arguments)
 
@@ -122,6 +125,15 @@ def _quickstart_arguments(parser: argparse.ArgumentParser, arguments: Sequence[s
 
         pipeline.add_arguments(parser)
         parser.set_defaults(run=pipeline.main)
+
+
+def _report_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The options of reports, imported only when they are asked for."""
+    if "report" not in arguments[:1]:
+        return
+    from scale_digrap.evaluation import compare
+
+    compare.add_arguments(parser)
 
 
 def _shards_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

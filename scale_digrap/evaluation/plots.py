@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
-from scale_digrap.evaluation.results import Cell, Comparison, Method, MethodRun, finite
+from scale_digrap.evaluation.caveats import metrics
+from scale_digrap.evaluation.figures import INK, MUTED, STYLE, error_bars, markers, method_colours, padded
+from scale_digrap.evaluation.layer_plots import drift, layers_over_time
+from scale_digrap.evaluation.results import Column, Comparison, Method
+from scale_digrap.evaluation.shift_accuracy import SPACES, suite_points
+from scale_digrap.evaluation.statistics import correlate
+from scale_digrap.evaluation.tables import p_text, summary_columns
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": False,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "figure.dpi": 150,
-    "savefig.dpi": 150,
-}
-_HUES = {"base": "Greys", "full": "Blues", "lora": "Oranges"}
-_MATRIX_LIMIT = 60
-"""Rows of a layer figure up to which every row is labelled."""
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as PNG, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-FIGURES = ("accuracy", "layers_*", "drift_*")
+FIGURES = ("accuracy", "groups", "id_ood*", "wise*", "shift", "layers_*", "drift_*")
 """Name patterns of what `figures` draws."""
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
     """Every figure that the comparison has data for, by file name without its ending."""
-    drawn = {"accuracy": accuracy(comparison)}
+    drawn = {}
+    for benchmark in dict.fromkeys(column.benchmark for column in comparison.columns):
+        columns = [column for column in summary_columns(comparison) if column.benchmark == benchmark]
+        suffix = f"_{benchmark}" if len({column.benchmark for column in comparison.columns}) > 1 else ""
+        scatter = id_against_ood(comparison, columns)
+        if scatter is not None:
+            drawn[f"id_ood{suffix}"] = scatter
+        curve = wise_curve(comparison, columns)
+        if curve is not None:
+            drawn[f"wise{suffix}"] = curve
+    if any(column.is_average for column in comparison.columns):
+        drawn["groups"] = accuracy(comparison, summary_columns(comparison), "ID and averages over suites")
+    drawn["accuracy"] = accuracy(comparison, [c for c in comparison.columns if not c.is_average], "Suites")
+    if comparison.shift is not None:
+        distance = shift_against_accuracy(comparison)
+        if distance is not None:
+            drawn["shift"] = distance
     for method in comparison.methods:
         runs = [run for run in comparison.runs_of(method.key) if run.telemetry]
         if runs:
@@ -66,21 +53,20 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
     return drawn
 
 
-def accuracy(comparison: Comparison) -> Figure:
-    """Bars per suite and per average, one per method; error bars: ± std over seeds, or 95 % over questions."""
-    columns = comparison.columns
-    panels = [
-        ("Suites", [column for column in columns if not column.is_average]),
-        ("Averages over suites", [column for column in columns if column.is_average]),
-    ]
-    panels = [panel for panel in panels if panel[1]]
+_BARS_PER_ROW = 48
+
+
+def accuracy(comparison: Comparison, columns: list[Column], title: str) -> Figure:
+    """Bars per column, one per method; error bars: ± std over seeds, or 95 % over questions."""
+    per_row = max(1, _BARS_PER_ROW // max(1, len(comparison.methods)))
+    panels = [columns[start : start + per_row] for start in range(0, len(columns), per_row)]
     colours = method_colours(comparison.methods)
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.6 * len(panels) + 0.8), layout="constrained")
+        figure = Figure(figsize=(11, 3.1 * len(panels) + 0.8), layout="constrained")
         axes = np.atleast_1d(figure.subplots(len(panels), 1))
-        for axis, (title, members) in zip(axes, panels, strict=True):
+        for axis, members in zip(axes, panels, strict=True):
             width = 0.84 / len(comparison.methods)
-            crowded = len(members) * len(comparison.methods) > 40
+            crowded = len(members) * len(comparison.methods) > 30
             for index, method in enumerate(comparison.methods):
                 offset = (index - (len(comparison.methods) - 1) / 2) * width
                 for place, column in enumerate(members):
@@ -88,202 +74,231 @@ def accuracy(comparison: Comparison) -> Figure:
                     if cell is None:
                         axis.text(place + offset, 1, "–", ha="center", va="bottom", fontsize=7)
                         continue
-                    label = method.label if place == 0 else None
-                    height, error = 100 * cell.mean, _error(cell)
+                    height, error = 100 * cell.mean, error_bars(cell)
                     variant = method.variant_of is not None
                     axis.bar(
                         place + offset,
                         height,
                         0.9 * width,
-                        color="white" if variant else colours[method.key],
+                        color="none" if variant else colours[method.key],
                         edgecolor=colours[method.key],
                         hatch="/////" if variant else None,
                         linewidth=0.8,
-                        label=label,
                         yerr=error,
-                        error_kw={"elinewidth": 0.9, "ecolor": "#222222", "capsize": 1.5},
+                        error_kw={"elinewidth": 0.9, "ecolor": INK, "capsize": 1.5},
                     )
-                    top = height + error[1][0] + 1.5
                     axis.text(
                         place + offset,
-                        top,
+                        height + error[1][0] + 1.5,
                         f"{height:.0f}",
                         ha="center",
                         va="bottom",
                         rotation=90 if crowded else 0,
                         fontsize=6.5,
-                        color="#333333",
+                        color=MUTED,
                     )
             axis.set_xticks(range(len(members)), [_bar_label(comparison, column) for column in members])
             axis.tick_params(axis="x", length=0)
-            axis.set_xlim(-0.55, len(members) - 0.45)
+            axis.set_xlim(-0.55, max(len(members), 2 if len(panels) > 1 else 1) - 0.45)
             axis.set_ylim(0, 112)
             axis.set_yticks(range(0, 101, 20))
             axis.grid(axis="y")
-            axis.set_ylabel("VQA score (%)")
-            axis.set_title(title)
+            axis.set_ylabel(_score_label(comparison))
+        axes[0].set_title(title)
+        handles = [
+            axes[0].bar(
+                0, 0, color="none" if method.variant_of else colours[method.key], edgecolor=colours[method.key],
+                hatch="/////" if method.variant_of else None, linewidth=0.8,
+            )
+            for method in comparison.methods
+        ]  # fmt: skip
+        labels = [method.label for method in comparison.methods]
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8.5)
+    return figure
+
+
+def id_against_ood(comparison: Comparison, columns: list[Column]) -> Figure | None:
+    """Score in distribution against each group out of it, a point per method with 95 % intervals both ways. WiSE-FT
+    mixtures are joined to the two models that they lie between. None without figures for both axes."""
+    across = next((column for column in columns if column.group == "id"), None)
+    panels = [column for column in columns if column.group in ("near", "far", "ood") and across is not None]
+    table = comparison.table
+    panels = [
+        column
+        for column in panels
+        if any(row[column.key] and row[across.key] for row in table.values())  # type: ignore[union-attr]
+    ]
+    if across is None or not panels:
+        return None
+    colours, marks = method_colours(comparison.methods), markers(comparison.methods)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11 if len(panels) > 1 else 6.5, 4.6), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        handles: dict[str, Any] = {}
+        for axis, column in zip(axes, panels, strict=True):
+            cells = {key: (row[across.key], row[column.key]) for key, row in table.items()}
+            xs, ys = [], []
+            for chain in _chains(comparison):
+                points = [(100 * a.mean, 100 * b.mean) for a, b in (cells[method.key] for method in chain) if a and b]
+                if len(points) > 1:
+                    axis.plot(
+                        *zip(*points, strict=True), color=colours[chain[-1].key], linewidth=1, alpha=0.6, zorder=1
+                    )
+            for method in comparison.methods:
+                a, b = cells[method.key]
+                if a is None or b is None:
+                    continue
+                x, y = 100 * a.mean, 100 * b.mean
+                xs += [100 * a.interval.low, 100 * a.interval.high, x]
+                ys += [100 * b.interval.low, 100 * b.interval.high, y]
+                error = {
+                    f"{name}err": [
+                        [max(0.0, 100 * (cell.mean - cell.interval.low))],
+                        [max(0.0, 100 * (cell.interval.high - cell.mean))],
+                    ]
+                    for name, cell in (("x", a), ("y", b))
+                }
+                handles[method.label] = axis.errorbar(
+                    x, y, **error, fmt=marks[method.key], markersize=7, color=colours[method.key], elinewidth=1,
+                    markerfacecolor="none" if method.variant_of else colours[method.key], markeredgewidth=1.3, zorder=2,
+                )  # fmt: skip
+            axis.set_xlim(*padded(xs))
+            axis.set_ylim(*padded(ys))
+            axis.grid()
+            axis.set_xlabel(f"{across.heading}, {_score_label(comparison)}")
+            axis.set_ylabel(f"{_title(column)} (%)")
+            axis.set_title(f"{_title(column)} against {across.heading}")
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=8.5
+        )
+    return figure
+
+
+def wise_curve(comparison: Comparison, columns: list[Column]) -> Figure | None:
+    """Score against the weight α of the fine-tuned model, a panel per trained method, a line per group with the band of
+    its 95 % intervals. None where no method has mixtures."""
+    chains = [chain for chain in _chains(comparison) if len(chain) > 2]
+    shown = [column for column in columns if column.group in ("id", "near", "far")]
+    if not chains or not shown:
+        return None
+    colours = {"id": MUTED, "near": "#2f7ebc", "far": "#d9722a"}
+    with rc_context(STYLE):
+        per_row = min(4, len(chains))
+        rows = -(-len(chains) // per_row)
+        figure = Figure(figsize=(max(5.5, 2.75 * per_row), 2.9 * rows + 0.5), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(rows, per_row, sharey=True, squeeze=False).ravel())
+        for axis in axes[len(chains) :]:
+            axis.remove()
+        for axis, chain in zip(axes, chains, strict=False):
+            for column in shown:
+                points = [
+                    (alpha, cell)
+                    for method in chain
+                    for alpha, cell in [(comparison.alpha(method), comparison.table[method.key][column.key])]
+                    if cell is not None and alpha is not None
+                ]
+                if not points:
+                    continue
+                alphas = [alpha for alpha, _ in points]
+                axis.fill_between(
+                    alphas,
+                    [100 * cell.interval.low for _, cell in points],
+                    [100 * cell.interval.high for _, cell in points],
+                    color=colours[column.group],
+                    alpha=0.18,
+                    linewidth=0,
+                )
+                axis.plot(
+                    alphas, [100 * cell.mean for _, cell in points], color=colours[column.group], marker="o",
+                    markersize=4, label=_title(column),
+                )  # fmt: skip
+            axis.grid()
+            axis.set_xlim(-0.04, 1.04)
+            axis.set_title(chain[-1].label)
+            axis.set_xlabel("α (0 pre-trained, 1 fine-tuned)")
+        axes[0].set_ylabel(_score_label(comparison))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8.5)
+    return figure
+
+
+def shift_against_accuracy(comparison: Comparison) -> Figure | None:
+    """Mean Mahalanobis distance of each suite to the training set against its score, a panel per embedding, a mark per
+    method. None where no suite has both."""
+    methods = [method for method in comparison.methods if method.variant_of is None]
+    colours, marks = method_colours(comparison.methods), markers(comparison.methods)
+    spaces = [space for space in SPACES if any(suite_points(comparison, m.key, space) for m in methods)]
+    if not spaces:
+        return None
+    titles = {suite.name: suite.heading for suite in comparison.suites}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(5.5, 3.7 * len(spaces)), 4.6), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(spaces), sharey=True))
+        for axis, space in zip(axes, spaces, strict=True):
+            highest: dict[str, tuple[float, float]] = {}
+            for method in methods:
+                points = suite_points(comparison, method.key, space)
+                if not points:
+                    continue
+                xs, ys = [x for _, x, _ in points], [100 * y for _, _, y in points]
+                axis.plot(
+                    xs,
+                    ys,
+                    marks[method.key],
+                    color=colours[method.key],
+                    markersize=6,
+                    label=method.label,
+                    linestyle="none",
+                )
+                for (name, x, _), y in zip(points, ys, strict=True):
+                    if name not in highest or y > highest[name][1]:
+                        highest[name] = (x, y)
+            _label_points(axis, {titles.get(name, name): place for name, place in highest.items()})
+            shown = next((m for m in methods if not m.seedless), methods[0])
+            points = suite_points(comparison, shown.key, space)
+            found = correlate([x for _, x, _ in points], [y for _, _, y in points])
+            axis.set_title(f"{space.capitalize()} embedding")
+            if found:
+                text = f"{shown.label}: r = {found.pearson:+.2f} ({p_text(found.pearson_p)}), {found.n} suites"
+                axis.text(0.02, 0.02, text.replace("-", "−"), transform=axis.transAxes, fontsize=7.5, color=MUTED)
+            axis.margins(x=0.12, y=0.12)
+            axis.grid()
+            axis.set_xlabel("Mahalanobis distance to the training set")
+        axes[0].set_ylabel(_score_label(comparison))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8.5)
     return figure
 
 
-def layers_over_time(method: Method, run: MethodRun) -> Figure:
-    """Projection strength ω and conflict rate per layer (rows) over the steps (columns) of one run."""
-    steps = [int(line["step"]) for line in run.telemetry]
-    names, hidden = _shown(list(run.telemetry[-1]["layers"]))
-    values = {
-        quantity: np.array([[_number(line["layers"].get(name), quantity) for line in run.telemetry] for name in names])
-        for quantity in ("omega", "conflict_rate")
-    }
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, max(3.2, 0.155 * len(names) + 1.5)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        for axis, quantity, title, palette in (
-            (left, "omega", "Projection strength ω", "viridis"),
-            (right, "conflict_rate", "Conflict rate: share of steps so far with ⟨g, δ⟩ < 0", "magma"),
-        ):
-            # ω is often far below 1, where a fixed scale would show nothing: the colour bar tells the scale
-            top = max([0.1, *finite(values[quantity].ravel())])
-            image = axis.pcolormesh(
-                _edges(steps), np.arange(len(names) + 1), values[quantity], cmap=palette, vmin=0.0, vmax=top
-            )
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel("Optimizer step")
-            axis.tick_params(axis="y", length=0)
-            figure.colorbar(image, ax=axis, shrink=min(1.0, 14 / len(names)) if len(names) > 14 else 1.0, pad=0.02)
-        _label_rows(left, names, np.arange(len(names)) + 0.5)
-        left.invert_yaxis()
-        note = f" · {hidden} norms and biases not shown" if hidden else ""
-        figure.suptitle(f"{method.label}, seed {run.seed}{note}", fontsize=10, x=0.01, ha="left")
-    return figure
+def _label_points(axis: Axes, places: dict[str, tuple[float, float]]) -> None:
+    for name, (x, y) in places.items():
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=MUTED)
 
 
-def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
-    """‖θ − θ0‖ / ‖θ0‖ per layer at the end of training, mean over seeds, a mark per method. LoRA: ‖ΔW‖ / ‖W‖."""
-    means: dict[str, dict[str, float]] = {}
-    for method in methods:
-        runs = [run for run in comparison.runs_of(method.key) if run.drift]
-        for name in runs[0].drift:
-            present = finite(run.drift.get(name, {}).get("relative_drift") for run in runs)
-            if present:
-                means.setdefault(name, {})[method.key] = sum(present) / len(present)
-    names, hidden = _shown(list(means))
-    hue = colormaps[_HUES.get(methods[0].family, "Greens")]
-    colours = {method.key: hue(0.85) if index else "#6b6b6b" for index, method in enumerate(methods)}
-    markers = "osD^v"
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8.5, max(3.0, 0.155 * len(names) + 1.6)), layout="constrained")
-        axis = figure.subplots()
-        rows = np.arange(len(names))
-        for row, name in enumerate(names):
-            found = list(means[name].values())
-            axis.plot([min(found), max(found)], [row, row], color="#bbbbbb", linewidth=1, zorder=1)
-        for index, method in enumerate(methods):
-            points = [(means[name][method.key], row) for row, name in enumerate(names) if method.key in means[name]]
-            hollow = index == 0  # so that a mark on the same place shows through
-            axis.scatter(
-                [x for x, _ in points],
-                [y for _, y in points],
-                s=40 if hollow else 16,
-                marker=markers[index % len(markers)],
-                facecolors="none" if hollow else colours[method.key],
-                edgecolors=colours[method.key],
-                linewidths=1.2 if hollow else 0.4,
-                label=method.label,
-                zorder=2,
-            )
-        positive = [value for name in names for value in means[name].values() if value > 0]
-        if positive and max(positive) > 20 * min(positive):
-            axis.set_xscale("log")
-        else:
-            axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        axis.grid(axis="x")
-        _label_rows(axis, names, rows)
-        axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.set_xlabel("‖ΔW‖ / ‖W‖" if methods[0].family == "lora" else "‖θ − θ₀‖ / ‖θ₀‖")
-        note = f" ({hidden} norms and biases not shown)" if hidden else ""
-        axis.set_title(f"Drift from the pre-trained weights{note}")
-        figure.legend(loc="outside lower center", ncols=len(methods))
-    return figure
+def _chains(comparison: Comparison) -> list[list[Method]]:
+    """Per trained method: the zero-shot model, its mixtures by α, and itself."""
+    chains = []
+    for method in comparison.methods:
+        if method.seedless or method.variant_of is not None:
+            continue
+        mixtures = [other for other in comparison.methods if other.variant_of == method.key]
+        mixtures = [other for other in mixtures if comparison.alpha(other) is not None]
+        mixtures.sort(key=lambda other: comparison.alpha(other) or 0.0)
+        base = comparison.zero_shot(method)
+        chains.append([*([base] if base else []), *mixtures, method])
+    return chains
 
 
-def method_colours(methods: Sequence[Method]) -> dict[str, tuple[float, ...]]:
-    """One hue per family, from dark to light in the family's order; variants have the colour of their original."""
-    colours: dict[str, tuple[float, ...]] = {}
-    for family in {method.family: None for method in methods}:
-        members = [method.key for method in methods if method.family == family and method.variant_of is None]
-        palette = colormaps[_HUES.get(family, "Greens")]
-        shades = np.linspace(0.85, 0.45, len(members)) if len(members) > 1 else [0.55]
-        colours.update({key: palette(shade) for key, shade in zip(members, shades, strict=True)})
-    for method in methods:
-        if method.variant_of is not None:
-            colours[method.key] = colours.get(method.variant_of, (0.4, 0.6, 0.4, 1.0))
-    return colours
+def _title(column: Column) -> str:
+    return f"{column.heading}, mean of {len(column.suites)}" if column.is_average else column.heading
 
 
-_SHORT = [
-    (r"^(base_model\.model\.)", ""),
-    (r"\.(default|weight)(?=\.|$)", ""),
-    (r"\bmodel\.", ""),
-    (r"vision_tower(\.vision_model)?|\bvisual\b|\bvision_model\b", "vision"),
-    (r"\blanguage_model\b", "text"),
-    (r"\bmulti_modal_projector\b", "projector"),
-    (r"\bencoder\.", ""),
-    (r"\b(layers|blocks|h)\.(\d+)", r"\2"),
-    (r"\bself_attn\b|\battention\b", "attn"),
-    (r"\b(\w+)_proj\b", r"\1"),
-    (r"\bembeddings\.", ""),
-    (r"\bembed_tokens\b", "embed"),
-    (r"\blora_(A|B)\b", r"\1"),
-    (r"\.", " "),
-]
+def _score_label(comparison: Comparison) -> str:
+    return f"{'/'.join(metrics(comparison))} (%)"
 
 
-def short_name(name: str) -> str:
-    """A layer's name as a reader would say it: "…language_model.layers.3.self_attn.q_proj.weight" → "text 3 attn q"."""
-    for pattern, replacement in _SHORT:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _shown(names: list[str]) -> tuple[list[str], int]:
-    """Layers that get a row, in the model's order, and how many norms and biases were left out for legibility."""
-    matrices = [name for name in names if not name.endswith(".bias") and not re.search(r"norm", name.split(".")[-2])]
-    return (matrices, len(names) - len(matrices)) if matrices and len(names) > _MATRIX_LIMIT // 2 else (names, 0)
-
-
-def _label_rows(axis: Axes, names: Sequence[str], positions: np.ndarray) -> None:
-    every = max(1, -(-len(names) // _MATRIX_LIMIT))
-    labels = [short_name(name) for name in names][::every]
-    axis.set_yticks(positions[::every], labels, fontsize=7.5)
-    axis.tick_params(axis="y", length=0)
-
-
-def _bar_label(comparison: Comparison, column: Any) -> str:
+def _bar_label(comparison: Comparison, column: Column) -> str:
     if column.is_average:
         return f"{column.heading}\nmean of {len(column.suites)}"
     count = comparison.questions(column.suites[0])
     return f"{column.heading}\n" + (f"n = {count:,}" if count is not None else "missing")
-
-
-def _error(cell: Cell) -> list[list[float]]:
-    if cell.std is not None:
-        return [[100 * cell.std], [100 * cell.std]]
-    # a percentile interval may lie to one side of the mean of very skewed scores: an error bar cannot be negative
-    low, high = cell.mean - cell.interval.low, cell.interval.high - cell.mean
-    return [[100 * max(0.0, low)], [100 * max(0.0, high)]]
-
-
-def _edges(steps: Sequence[int]) -> np.ndarray:
-    """Column borders half-way between the recorded steps."""
-    centres = np.asarray(steps, dtype=float)
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
-
-
-def _number(layer: Mapping[str, Any] | None, quantity: str) -> float:
-    value = None if layer is None else layer.get(quantity)
-    return float("nan") if value is None else float(value)

@@ -59,7 +59,7 @@ class Column:
     suites: tuple[str, ...]
     is_average: bool
     group: str
-    """"id", "near", "far", "ood" or "all"."""
+    """ "id", "near", "far", "ood" or "all"."""
     benchmark: str = ""
 
 
@@ -430,8 +430,11 @@ class Comparison:
 
     @property
     def compared(self) -> list[tuple[str, str]]:
-        """Every pair that is reported: methods with their baselines, then with the zero-shot model, then `pairs`."""
+        """Every pair that is reported: methods with their baselines, mixtures with what they were mixed of, all with
+        the zero-shot model of their evaluation, then `pairs`."""
         pairs = [(method.key, method.baseline) for method in self.methods if method.baseline is not None]
+        known = {method.key for method in self.methods}
+        pairs += [(method.key, method.variant_of) for method in self.methods if method.variant_of in known]
         for method in self.methods:
             base = self.zero_shot(method)
             if base is not None and not method.seedless:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scale_digrap.evaluation.results import Cell, Column, Comparison
-from scale_digrap.evaluation.suites import AVERAGES
+from scale_digrap.evaluation.caveats import caveats, leak_text, leaks, metrics
+from scale_digrap.evaluation.results import Cell, Column, Comparison, Method
+from scale_digrap.evaluation.statistics import Interval, Paired
 
 EMPTY = "–"
-"""Stands where a suite is missing, in its own column and in every average that it belongs to."""
+"""Stands where a suite is missing."""
+LEAKED = "†"
+"""Marks suites of which the training data holds something."""
 
 
 def percent(value: float) -> str:
@@ -31,8 +36,31 @@ def cell_text(cell: Cell | None) -> str:
     return percent(cell.mean) + (f" ± {percent(cell.std)}" if cell.std is not None else "")
 
 
+def interval_text(interval: Interval) -> str:
+    """ "[85.9, 87.0]", per cent."""
+    return f"[{percent(interval.low)}, {percent(interval.high)}]"
+
+
+def figure_text(comparison: Comparison, method: str, column: Column) -> str:
+    """`cell_text`, with "incomplete (5 of 6)" for an average that lacks suites."""
+    cell = comparison.table[method][column.key]
+    if cell is None and column.is_average:
+        return f"incomplete ({comparison.present(method, column)} of {len(column.suites)})"
+    return cell_text(cell)
+
+
+def p_text(p: float) -> str:
+    """ "p = 0.012", "p < 0.001"."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
 def heading(column: Column) -> str:
     return f"{column.heading} (mean of {len(column.suites)})" if column.is_average else column.heading
+
+
+def mark(comparison: Comparison, column: Column) -> str:
+    """`LEAKED` for a suite that the training data holds something of, and for averages over such suites."""
+    return LEAKED if set(column.suites) & set(leaks(comparison)) else ""
 
 
 def question_text(comparison: Comparison, column: Column) -> str:
@@ -55,19 +83,23 @@ def rich_table(comparison: Comparison, console: Console) -> Table:
 
 
 def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) -> Table:
-    caption = " ".join(notes(comparison)) + (" Every suite: table.md and report.html." if narrow else "")
-    table = Table(title=comparison.title or None, caption=caption, caption_justify="left")
+    more = " Intervals, warnings" + (" and every suite" if narrow else "") + ": table.md and report.html."
+    table = Table(title=comparison.title or None, caption=" ".join(notes(comparison)) + more, caption_justify="left")
     table.add_column("Method")
     for column in columns:
-        table.add_column(column.heading, justify="right", style="cyan" if column.is_average else None)
+        style = "cyan" if column.is_average else None
+        table.add_column(column.heading + mark(comparison, column), justify="right", style=style)
     family = None
     for method in comparison.methods:
         if family is not None and family != method.family:
             table.add_section()
         family = method.family
-        cells = [comparison.table[method.key][column.key] for column in columns]
-        texts = [cell_text(cell).replace(" ± ", "±") for cell in cells]  # a terminal is narrow
-        texts = [f"[bold]{text}[/]" if cell and cell.best else text for text, cell in zip(texts, cells, strict=True)]
+        texts = []
+        for column in columns:
+            # a terminal is narrow
+            text = figure_text(comparison, method.key, column).replace(" ± ", "±").replace("incomplete ", "")
+            cell = comparison.table[method.key][column.key]
+            texts.append(f"[bold]{text}[/]" if cell and cell.best else text)
         table.add_row(method.label, *texts)
     table.add_section()
     table.add_row("Questions", *(question_text(comparison, column) for column in columns), style="dim")
@@ -75,42 +107,88 @@ def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) 
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """The same table in Markdown, with its notes and the paired differences."""
-    head = ["Method", *(heading(column) for column in comparison.columns)]
-    lines = [_row(head), _row(["---", *("---:" for _ in comparison.columns)])]
+    """Warnings, the table with intervals, its notes and the paired differences, in Markdown."""
+    lines = [f"# {comparison.title}", ""] if comparison.title else []
+    lines += [f"> **{caveat.title}.** {caveat.text}  " for caveat in caveats(comparison)]
+    shown = comparison.columns
+    lines += ["", _row(["Method", *(heading(column) + mark(comparison, column) for column in shown)])]
+    lines.append(_row(["---", *("---:" for _ in shown)]))
     for method in comparison.methods:
-        cells = [comparison.table[method.key][column.key] for column in comparison.columns]
-        lines.append(
-            _row(
-                [method.label, *(f"**{cell_text(cell)}**" if cell and cell.best else cell_text(cell) for cell in cells)]
-            )
-        )
-    lines.append(_row(["*Questions*", *(f"*{question_text(comparison, column)}*" for column in comparison.columns)]))
+        texts = []
+        for column in shown:
+            text, cell = figure_text(comparison, method.key, column), comparison.table[method.key][column.key]
+            if cell:
+                text = f"{f'**{text}**' if cell.best else text} {interval_text(cell.interval)}"
+            texts.append(text)
+        lines.append(_row([method.label, *texts]))
+    lines.append(_row(["*Questions*", *(f"*{question_text(comparison, column)}*" for column in shown)]))
     lines += ["", *(f"{note}  " for note in notes(comparison))]
-    shown, rows = differences(comparison)
+    columns, rows = differences(comparison)
     if rows:
-        lines += ["", _row(["Difference", *(column.heading for column in shown)])]
-        lines.append(_row(["---", *("---:" for _ in shown)]))
-        lines += [
-            _row([label, *(f"**{cell.text}**" if cell.sign else cell.text for cell in cells)]) for label, cells in rows
-        ]
+        lines += ["", _row(["Difference", *(column.heading for column in columns)])]
+        lines.append(_row(["---", *("---:" for _ in columns)]))
+        for row in rows:
+            texts = [f"**{cell.text}** ({cell.p})" if cell.sign else f"{cell.text} ({cell.p})" for cell in row.cells]
+            lines.append(_row([row.label, *(text.replace(" ()", "") for text in texts)]))
         lines += ["", DIFFERENCES_NOTE]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def csv_table(comparison: Comparison) -> str:
+    """One line per method and column, as fractions in [0, 1]; empty where there is no figure."""
+    buffer = io.StringIO()
+    names = "method,label,seeds,column,heading,group,suites,present,mean,std,low,high,unit,questions,metric,leaked"
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names.split(","))
+    found = leaks(comparison)
+    for method in comparison.methods:
+        for column in comparison.columns:
+            cell = comparison.table[method.key][column.key]
+            figures = ["", "", "", "", ""]
+            if cell:
+                low, high = cell.interval.low, cell.interval.high
+                figures = [cell.mean, "" if cell.std is None else cell.std, low, high, cell.unit]  # type: ignore[list-item]
+            counts = [comparison.questions(name) for name in column.suites]
+            writer.writerow(
+                [
+                    method.key,
+                    method.label,
+                    len(comparison.runs_of(method.key)),
+                    column.key,
+                    column.heading,
+                    column.group,
+                    len(column.suites),
+                    comparison.present(method.key, column),
+                    *figures,
+                    "" if None in counts else sum(count or 0 for count in counts),
+                    " ".join(dict.fromkeys(name for suite in column.suites for name in metrics(comparison, suite))),
+                    sum(found[name]["leaked"] for name in column.suites if name in found),
+                ]
+            )
+    return buffer.getvalue()
 
 
 def notes(comparison: Comparison) -> list[str]:
     """How to read the table."""
     seeds = comparison.seeds
-    result = ["VQA score in %."]
+    result = [f"Scores in %, by {', '.join(metrics(comparison)) or 'no scorer yet'}."]
     if len(seeds) > 1:
         result.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
     elif seeds:
         result.append(f"One seed ({seeds[0]}): differences between seeds are not in these figures.")
+    cells = [cell for row in comparison.table.values() for cell in row.values() if cell]
+    images = any("image" in cell.unit for cell in cells)
+    result.append(f"Intervals: 95 % bootstrap over questions{', by image where they share one' * images}.")
     result.append(
         "Bold: the best of its column and whatever a paired 95 % interval over questions"
         + (" and seeds" if len(seeds) > 1 else "")
         + " does not tell apart from it."
     )
+    titles = {suite.name: suite.heading for suite in comparison.suites}
+    result += [
+        f"{LEAKED} {titles.get(name, name)}: {leak_text(row)} in the training data."
+        for name, row in leaks(comparison).items()
+    ]
     incomplete = [
         method.label
         for method in comparison.methods
@@ -123,46 +201,61 @@ def notes(comparison: Comparison) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method against its baseline in one column, in text."""
+    """One method against another in one column, in text."""
 
     text: str
     """ "+1.7 ± 1.0" in percentage points, "–" where incomplete."""
+    p: str
+    """ "p = 0.012", empty where there is no difference."""
     sign: int
     """1 better, −1 worse, 0 where the interval holds zero or there is none."""
 
 
-def differences(comparison: Comparison) -> tuple[list[Column], list[tuple[str, list[Difference]]]]:
-    """Every method with a baseline against it, paired by question and seed.
+@dataclass(frozen=True)
+class DifferenceRow:
+    """One method against another in every column that is shown."""
+
+    label: str
+    """ "DiGraP − AdamW"."""
+    kind: str
+    """What the other one is: "baseline", "zero-shot" or "pair"."""
+    cells: list[Difference]
+
+
+def differences(comparison: Comparison) -> tuple[list[Column], list[DifferenceRow]]:
+    """Every method against its baseline and against the zero-shot model, and the pairs asked for, paired by question
+    and seed.
 
     Returns:
-        The columns (ID, far and averages) and the rows, each a label such as "DiGraP − AdamW" and a cell per column.
+        The columns (ID, groups of one suite, and averages) and the rows.
     """
-    labels = {method.key: method.label for method in comparison.methods}
     shown = summary_columns(comparison)
     rows = []
-    for method in comparison.methods:
-        if method.baseline is None:
-            continue
-        cells = []
-        for column in shown:
-            difference = comparison.difference(method.key, method.baseline, column)
-            if difference is None:
-                cells.append(Difference(EMPTY, 0))
-                continue
-            text = f"{signed_percent(difference.mean)} ± {percent(difference.half_width)}"
-            cells.append(Difference(text, difference.sign))
-        if method.variant_of == method.baseline:  # "AdamW: + WiSE-FT" in place of "AdamW + WiSE-FT − AdamW"
-            base = labels[method.baseline]
-            label = f"{base}: {method.label.removeprefix(base).strip()}"
-        else:
-            label = f"{method.label} − {labels[method.baseline]}"
-        rows.append((label, cells))
+    for first, second in comparison.compared:
+        method, other = comparison.method(first), comparison.method(second)
+        kind = "pair" if (first, second) in comparison.pairs else "zero-shot" if other.seedless else "baseline"
+        cells = [_difference(comparison.difference(first, second, column)) for column in shown]
+        rows.append(DifferenceRow(_difference_label(method, other), kind, cells))
     return shown, rows
 
 
+def _difference(paired: Paired | None) -> Difference:
+    if paired is None:
+        return Difference(EMPTY, "", 0)
+    text = f"{signed_percent(paired.mean)} ± {percent(paired.half_width)}"
+    return Difference(text, p_text(paired.p), paired.sign)
+
+
+def _difference_label(method: Method, other: Method) -> str:
+    if method.variant_of == other.key:  # "AdamW: + WiSE-FT" in place of "AdamW + WiSE-FT − AdamW"
+        return f"{other.label}: {method.label.removeprefix(other.label).strip()}"
+    return f"{method.label} − {other.label}"
+
+
 DIFFERENCES_NOTE = (
-    "Paired differences in percentage points with 95 % intervals over the same questions and seeds; bold where the "
-    "interval does not hold zero."
+    "Paired differences in percentage points with 95 % intervals and two-sided p-values over the same questions and "
+    "seeds; bold where p < 0.05, that is, where the interval does not hold zero. The p-values are not corrected for "
+    "their number: of twenty true zeros, one is expected in bold."
 )
 
 
@@ -174,19 +267,19 @@ def rich_differences(comparison: Comparison) -> Table:
     for column in shown:
         table.add_column(column.heading, justify="right")
     styles = {1: "bold green", -1: "bold red", 0: ""}
-    for label, cells in rows:
-        table.add_row(label, *(Text(cell.text.replace(" ± ", "±"), style=styles[cell.sign]) for cell in cells))
+    for row in rows:
+        table.add_row(row.label, *(Text(c.text.replace(" ± ", "±"), style=styles[c.sign]) for c in row.cells))
     return table
 
 
 def summary_columns(comparison: Comparison) -> list[Column]:
-    """The columns of groups, ID first: averages, and suites that are alone in their group."""
-    groups = {suite.name: suite.group for suite in comparison.suites}
-    shown = {}
-    for column in comparison.columns:
-        if column.is_average or list(groups.values()).count(groups[column.key]) == 1:
-            shown[column.key if column.is_average else groups[column.key]] = column
-    return [shown[name] for name in ("id", *AVERAGES) if name in shown]
+    """The columns of groups: averages, and suites that are alone in their group; ID, near, far, OOD, all."""
+    return [
+        column
+        for column in comparison.columns
+        if column.is_average
+        or sum((c.group, c.benchmark) == (column.group, column.benchmark) for c in comparison.columns) == 1
+    ]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -70,6 +70,9 @@ def comparison(seeds: int = 1, questions: int = 200, missing: str | None = None)
                 ]
                 results[suite.name] = SuiteResult(suite.name, suite.metric, records, 1.0)
             run = MethodRun(method=method.key, seed=seed, suites=results, seconds={"train": 41.0, "evaluate": 6.0})
+            run.provenance = {"checkpoint": f"{method.key}-seed{seed}", "template": {"prompt": "{question}"}}
+            if method.variant_of is not None:
+                run.provenance["alpha"] = 0.5
             names = layer_names() if method.family == "full" else [n for n in layer_names() if "q_proj" in n]
             if method.key != "zero-shot" and method.variant_of is None:
                 run.training = {"steps": 150, "final loss": 0.1234}
