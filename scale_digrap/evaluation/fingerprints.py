@@ -26,6 +26,7 @@ from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import SampleError
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.data.urls import is_local
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.image_hash import COLOURS, ImageHash, image_hash
 
 BLOCK = 1024
@@ -37,6 +38,10 @@ _VERSION = 2
 _COCO = re.compile(r"(?:.*/)?(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})")
 _EXTENSION = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
+
+
+class CacheError(ScaleDigrapError):
+    """A cache that cannot be written."""
 
 
 @dataclass
@@ -98,7 +103,7 @@ def read_blocks(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Fingerprints]]:
-    """A rank's share of a data set: every `ranks`-th block.
+    """A rank's share of a data set, block by block.
 
     Args:
         dataset: of which only the encoded pictures are read; its decoder is replaced.
@@ -112,11 +117,14 @@ def read_blocks(
         (first sample of the block, its fingerprints).
 
     Raises:
+        CacheError: the cache cannot be written.
         ShardDamage, ReadError: see `ShardDataset.sample`.
     """
     dataset.decoder = _undecoded  # type: ignore[assignment]
     cache = None if cache_dir is None else _Cache(Path(cache_dir) / _identity(dataset, images))
-    starts = list(range(0, len(dataset), BLOCK))[rank::ranks]
+    blocks = -(-len(dataset) // BLOCK)
+    # In a row, so that a host fetches only its part of remote shards.
+    starts = [BLOCK * number for number in range(blocks * rank // ranks, blocks * (rank + 1) // ranks)]
     hashes = _ImageHashes(workers)
     for done, start in enumerate(starts, start=1):
         block = cache.load(start) if cache is not None else None
@@ -266,8 +274,13 @@ class _Cache:
             return None
 
     def save(self, start: int, block: Fingerprints) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, partial = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+        except OSError as error:
+            raise CacheError(
+                f"cache_dir={str(self.folder.parent)!r} cannot be written: {error.strerror}; name another folder"
+            ) from None
         try:
             with os.fdopen(descriptor, "wb") as file:
                 np.savez(file, **{one.name: getattr(block, one.name) for one in fields(Fingerprints)})

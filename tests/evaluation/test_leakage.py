@@ -205,7 +205,7 @@ def test_missing_suites_and_unreadable_samples_are_told(tmp_path):
     assert (report.rows[0].matches["exact_image"], report.rows[0].matches["near_image"]) == (1, 1)
 
 
-def test_options_that_make_no_sense(planted):
+def test_options_that_make_no_sense(planted, tmp_path):
     train, suites = planted
     for options, words in [
         ({"distance": 16}, "distance must be 0 to 15"),
@@ -215,6 +215,9 @@ def test_options_that_make_no_sense(planted):
     ]:
         with pytest.raises(LeakageError, match=words):
             check(suites, train, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LeakageError, match=r"reading: cache_dir='.*/file' cannot be written: Not a directory"):
+        check(suites, train, cache_dir=tmp_path / "file")
     with pytest.raises(LeakageError, match="names no shards"):
         check(suites, [])
     with pytest.raises(LeakageError, match="no such shard"):
