@@ -91,7 +91,6 @@ def train(config: Config) -> TrainResult:
             run_dir.mkdir(parents=True, exist_ok=True)
             clear_markers(run_dir)
             save_config(config, run_dir / "config.yaml")
-        config = share_global_batch(config, engine)
         with Watchdog(run_dir, engine.rank, config.training.stall_s) as watchdog:
             try:
                 return _train(config, engine, stop, watchdog)
@@ -103,6 +102,8 @@ def train(config: Config) -> TrainResult:
 
 
 def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdog) -> TrainResult:
+    # What is asked for is stored with checkpoints: the next start may have other ranks.
+    asked, config = config, share_global_batch(config, engine)
     run_dir = Path(config.run_dir)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -124,7 +125,7 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
     scheduler = build_schedule(optimizer, config.schedule, total_steps)
 
     checkpoints = Checkpointer(
-        config, engine=engine, loaded=loaded, optimizer=optimizer, scheduler=scheduler, loader=loader
+        asked, engine=engine, loaded=loaded, optimizer=optimizer, scheduler=scheduler, loader=loader
     )
     engine.limit_waiting(config.training.timeout_s)
     watchdog.beat(0, "resuming")
