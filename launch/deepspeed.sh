@@ -57,6 +57,7 @@ fi
 # Refuses what training would refuse, before anything starts; answers with the run's folder.
 RUN_DIR=$("$PYTHON" -m scale_digrap.launch.node config "$COMMAND" -- "$CONFIG" "${OVERRIDES[@]}")
 LOGS=${LOGS:-$RUN_DIR/logs}
+PYTHON=$(command -v "$PYTHON")  # the same one on the other hosts: over ssh, PATH is another
 case $LAUNCHER in
   pdsh) command -v pdsh >/dev/null || { echo "no pdsh here: install it, or use LAUNCHER=no_ssh" >&2; exit 2; } ;;
   no_ssh) LOGS=$LOGS/$(hostname) ;;

@@ -39,6 +39,7 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${HOME:-/tmp}/.cache/torch_e
 
 HOSTFILE=$(realpath "$HOSTFILE")
 {% include "arguments.sh" %}
+PYTHON=$(command -v "$PYTHON")  # the same one on the other hosts: over ssh, PATH is another
 case $LAUNCHER in
   pdsh) command -v pdsh >/dev/null || { echo "no pdsh here: install it, or use LAUNCHER=no_ssh" >&2; exit 2; } ;;
   no_ssh) LOGS=$LOGS/$(hostname) ;;
