@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from scale_digrap.launch.plan import (
     ENVIRONMENT_FILE,
@@ -30,6 +32,7 @@ Where and how is in launch.yaml beside CONFIG (--spec names another file); launc
 launch/README.md explains each scheduler.
 """
 _BESIDE = "launch.yaml"
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="preflight only: compare the hosts, and say what is wrong")
     parser.add_argument("--submit-only", action="store_true", help="slurm, kubernetes: submit and do not follow")
     parser.set_defaults(run=main)
+
+    # argparse gives all positional words to the first place where some stand; key=value may stand anywhere.
+    parse = parser.parse_known_args
+
+    def parse_known_args(words: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        parsed, others = parse(words, namespace)
+        parsed.overrides = [*parsed.overrides, *filter(_OVERRIDE.fullmatch, others)]
+        return parsed, [word for word in others if not _OVERRIDE.fullmatch(word)]
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
 
 
 def main(arguments: argparse.Namespace) -> int:

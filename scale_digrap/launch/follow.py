@@ -86,14 +86,14 @@ class Progress:
     Args:
         run_dir: of the run, whose ``log.jsonl`` is read as it grows.
         total: optimizer steps, where known.
-        output: a terminal or a file.
+        output: a terminal or a file; stderr by default.
     """
 
-    def __init__(self, run_dir: Path, total: int | None, output: TextIO = sys.stderr) -> None:
+    def __init__(self, run_dir: Path, total: int | None, output: TextIO | None = None) -> None:
         self._log = run_dir / LOG
         self._total = total
-        self._output = output
-        self._terminal = output.isatty()
+        self._output = output or sys.stderr
+        self._terminal = self._output.isatty()
         self._offset = self._log.stat().st_size if self._log.exists() else 0
         self._last: dict[str, Any] = {}
         self._first: tuple[float, int] | None = None
