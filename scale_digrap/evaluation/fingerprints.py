@@ -31,7 +31,8 @@ from scale_digrap.evaluation.image_hash import COLOURS, ImageHash, image_hash
 
 BLOCK = 1024
 """Samples that a rank reads at a time."""
-_REMEMBERED = 1 << 20
+_REMEMBERED = 1 << 18
+"""Pictures whose hashes are kept, for the other questions about them: about 100 MB."""
 _VERSION = 2
 """Raised when the same samples would give other digests."""
 

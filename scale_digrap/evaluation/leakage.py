@@ -167,7 +167,7 @@ def check(
     for name, value in (("limit", limit), ("near_limit", near_limit)):
         if not 0 <= value <= 1:
             raise LeakageError(f"leakage.{name} must be a fraction in [0, 1], got {value}")
-    train = [train] if isinstance(train, str) else list(train)
+    train = [train] if isinstance(train, str) else [str(shard) for shard in train]
     if not train:
         raise LeakageError("leakage.train names no shards: the training data must be known to look for leaks from it")
     ranks = _Ranks(dp_world_size)
