@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from scale_digrap.config import Config, ModelConfig, ShardingConfig, TrainingConfig
@@ -329,20 +329,25 @@ def _written_template(path: str) -> tuple[PromptTemplate | None, int | None]:
 
 
 def _skeleton(path: str, revision: str | None) -> Any:
-    """The architecture without memory, compared with the shapes in the checkpoint's files."""
+    """The architecture without memory, compared with the names and shapes in the checkpoint's files."""
     try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(path, revision=revision)
-            model = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"cannot load a model from {path!r}: {short(error)}") from error
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    for name, shape in _stored_shapes(Path(path)).items():
-        if name in shapes and shapes[name] != shape:
-            raise CheckpointError(
-                f"{path!r} holds {name!r} with shape {tuple(shape)}, its config.json describes {tuple(shapes[name])}: "
-                "the files are of another architecture"
+        with quiet():
+            found: Any = AutoModelForImageTextToText.from_pretrained(
+                path, revision=revision, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
             )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"cannot load a model from {path!r}: {short(error)}") from error
+    model, info = found
+    for name, stored, wanted in sorted(info.get("mismatched_keys") or (), key=str):
+        raise CheckpointError(
+            f"{path!r} holds {name!r} with shape {tuple(stored)}, its config.json describes {tuple(wanted)}: the files "
+            "are of another architecture"
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{path!r} lacks {len(missing)} weights of the architecture in its config.json, first {missing[0]!r}"
+        )
     return model
 
 

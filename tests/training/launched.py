@@ -18,23 +18,19 @@ from tests.dist_pool import PRELOAD
 from tests.training import runs
 
 
-class Launched:
-    """``scale-digrap train`` on ``world`` processes.
+class LaunchedCommand:
+    """``scale-digrap`` on ``world`` processes.
 
     Args:
         world: number of ranks.
-        arguments: model, shards and run folder, as for :func:`tests.training.runs.config`.
+        command: its arguments.
+        folder: for what the ranks print.
         prepare: a module-level function that each process calls first, with its rank.
-        sections: of the configuration.
     """
 
     def __init__(
-        self, world: int, *arguments: Any, prepare: Callable[[int], None] | None = None, **sections: Any
+        self, world: int, command: list[str], folder: Path, prepare: Callable[[int], None] | None = None
     ) -> None:
-        self.run_dir = Path(arguments[-1])
-        folder = self.run_dir.parent / f"{self.run_dir.name}-launched-{time.monotonic_ns()}"
-        folder.mkdir(parents=True)
-        save_config(runs.config(*arguments, **sections), folder / "config.yaml")
         self._logs = [folder / f"rank{rank}.txt" for rank in range(world)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -44,7 +40,7 @@ class Launched:
         self.processes = [
             context.Process(
                 target=_serve,
-                args=(rank, world, port, str(log), prepare, ["train", str(folder / "config.yaml")]),
+                args=(rank, world, port, str(log), prepare, command),
                 daemon=False,  # loader processes are its children
             )
             for rank, log in enumerate(self._logs)
@@ -65,11 +61,10 @@ class Launched:
         for child in children:
             os.kill(int(child), number)
 
-    def wait_for_step(self, step: int, timeout: float = 90.0) -> None:
-        """Until the log has a step."""
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 90.0) -> None:
+        """Until something holds; fails when the processes end before it does."""
         deadline = time.monotonic() + timeout
-        log = self.run_dir / "log.jsonl"
-        while not log.is_file() or len(read_log(log)) < step:
+        while not condition():
             assert time.monotonic() < deadline, self.output()
             assert any(process.is_alive() for process in self.processes), self.output()
             time.sleep(0.02)
@@ -89,6 +84,31 @@ class Launched:
     def output(self) -> str:
         """What all ranks printed."""
         return "".join(log.read_text() for log in self._logs if log.exists())
+
+
+class Launched(LaunchedCommand):
+    """``scale-digrap train`` on ``world`` processes.
+
+    Args:
+        world: number of ranks.
+        arguments: model, shards and run folder, as for :func:`tests.training.runs.config`.
+        prepare: as for :class:`LaunchedCommand`.
+        sections: of the configuration.
+    """
+
+    def __init__(
+        self, world: int, *arguments: Any, prepare: Callable[[int], None] | None = None, **sections: Any
+    ) -> None:
+        self.run_dir = Path(arguments[-1])
+        folder = self.run_dir.parent / f"{self.run_dir.name}-launched-{time.monotonic_ns()}"
+        folder.mkdir(parents=True)
+        save_config(runs.config(*arguments, **sections), folder / "config.yaml")
+        super().__init__(world, ["train", str(folder / "config.yaml")], folder, prepare)
+
+    def wait_for_step(self, step: int, timeout: float = 90.0) -> None:
+        """Until the log has a step."""
+        log = self.run_dir / "log.jsonl"
+        self.wait_until(lambda: log.is_file() and len(read_log(log)) >= step, timeout)
 
 
 def _serve(
