@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from scale_digrap.evaluation.columns import Column, columns
 from scale_digrap.evaluation.runs import (
     SCHEMA,
     Method,
@@ -34,7 +35,7 @@ from scale_digrap.evaluation.statistics import (
     percentile_interval,
     units,
 )
-from scale_digrap.evaluation.suites import AVERAGES, Suite, average_members
+from scale_digrap.evaluation.suites import Suite
 
 __all__ = [
     "SCHEMA",
@@ -51,19 +52,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the table: a suite, or an average over suites."""
-
-    key: str
-    heading: str
-    suites: tuple[str, ...]
-    is_average: bool
-    group: str
-    """ "id", "near", "far", "ood" or "all"."""
-    benchmark: str = ""
-
-
-@dataclass(frozen=True)
 class Cell:
     """A figure in the table, as fractions in [0, 1]."""
 
@@ -76,30 +64,6 @@ class Cell:
     """The highest of its column, or not distinguishable from it."""
     unit: str
     """What the bootstrap draws: "question", "image" (with all its questions), or both for an average of such suites."""
-
-
-_HEADINGS = {"near": "Near OOD", "far": "Far OOD", "ood": "OOD", "all": "All"}
-
-
-def columns(suites: Sequence[Suite]) -> list[Column]:
-    """Per benchmark: ID, near suites and their average, far suites and theirs, then the averages over both. An average
-    of a single suite is not shown again."""
-    members = average_members(suites)
-    benchmarks = list(dict.fromkeys(suite.benchmark for suite in suites))
-    result = []
-    for benchmark in benchmarks:
-        prefix = f"{benchmark or 'custom'}:" if len(benchmarks) > 1 else ""
-        name = f"{(benchmark or 'custom').upper()} " if len(benchmarks) > 1 else ""
-        for group in ("id", *AVERAGES):
-            result += [
-                Column(suite.name, suite.heading, (suite.name,), False, group, benchmark)
-                for suite in suites
-                if suite.group == group and suite.benchmark == benchmark
-            ]
-            averaged = members.get(prefix + group, ())
-            if len(averaged) > 1:
-                result.append(Column(prefix + group, name + _HEADINGS[group], tuple(averaged), True, group, benchmark))
-    return result
 
 
 @dataclass(frozen=True)
@@ -179,7 +143,10 @@ class Comparison:
             return cls(
                 methods=[Method(**entry) for entry in data["methods"]],
                 suites=suites,
-                runs=[MethodRun.load(folder / entry["file"]) for entry in data["runs"]],
+                runs=[
+                    dataclasses.replace(MethodRun.load(folder / entry["file"]), method=entry["method"])
+                    for entry in data["runs"]
+                ],
                 pairs=[tuple(pair) for pair in data["pairs"]],
                 folder=folder,
                 **{name: data[name] for name in ("settings", "environment", "title", "leakage", "shift")},
