@@ -208,7 +208,7 @@ def _question(sample: VqaSample) -> tuple[int, list[int], list[int]]:
     ]
     asked = [
         _digest("asked", text, image) if text and image else 0,
-        _digest("asked", text, original_image) if text and original_image != image else 0,
+        _digest("asked", text, original_image) if text and original_image not in ("", image) else 0,
     ]
     return _digest("id", sample.question_id), same, asked
 

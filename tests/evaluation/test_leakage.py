@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,58 @@ def test_forms_of_ids_and_questions():
     assert image_key(None) == image_key("") == ""
     assert question_text("  Is THIS, a_test?! ") == question_text("is this a test") == "is this a test"
     assert question_text("Ist das schön?") != question_text("Ist das schon?")
+
+
+def test_random_ids_and_texts_against_comparing_every_pair(tmp_path, monkeypatch):
+    """Small ranges, so that everything collides with everything; the rules spelled out, pair by pair."""
+    rng = random.Random(3)
+
+    def draw(number: int) -> VqaSample:
+        image = rng.choice([None, *range(12), *(f"n{i}" for i in range(6)), "000000000003"])
+        extra = {}
+        if rng.random() < 0.3:
+            extra["original_question_id"] = str(rng.randrange(60))
+            if rng.random() < 0.5:
+                extra["original_image_id"] = rng.randrange(12)
+        text = rng.choice(["Is it {}?", "is IT  {}"]).format(rng.randrange(25))
+        return sample(number, None, question_id=rng.randrange(60), image_id=image, question=text, extra=extra)
+
+    train, asked = [draw(i) for i in range(150)], [draw(i) for i in range(400)]
+    monkeypatch.setattr(fingerprints, "BLOCK", 64)
+    folders = shards(tmp_path / "train", train), shards(tmp_path / "asked", asked, 130)
+    (row,) = check([suite("asked", folders[1])], folders[0], examples=400).rows
+
+    def image(one: VqaSample) -> str:
+        return image_key(one.extra.get("image_id"))
+
+    def original(one: VqaSample) -> tuple[str, str] | None:
+        if "original_question_id" not in one.extra:
+            return None
+        from_image = image_key(one.extra["original_image_id"]) if "original_image_id" in one.extra else image(one)
+        return (one.extra["original_question_id"], from_image) if from_image else None
+
+    def same_question(a: VqaSample, b: VqaSample) -> bool:
+        about = [{(one.question_id, image(one)), original(one)} - {None, (one.question_id, "")} for one in (a, b)]
+        same_text = question_text(a.question) == question_text(b.question)
+        return bool(about[0] & about[1]) or (a.question_id == b.question_id and same_text)
+
+    def same_asked(a: VqaSample, b: VqaSample) -> bool:
+        images = []
+        for one in (a, b):
+            edited = one.extra.get("original_image_id")
+            images.append({image(one), image_key(edited)} - {""})
+        return question_text(a.question) == question_text(b.question) and bool(images[0] & images[1])
+
+    expected = {}
+    for kind, rule in (("question_id", same_question), ("question_and_image", same_asked)):
+        hits = {i: [j for j, other in enumerate(train) if rule(one, other)] for i, one in enumerate(asked)}
+        expected[kind] = {f"k{i:05d}": f"k{js[0]:05d}" for i, js in hits.items() if js}
+        found = {one["suite"]["key"]: one["train"]["key"] for one in row.examples[kind]}
+        assert found == expected[kind]
+        assert row.matches[kind] == len(found) > 20
+    assert row.leaked == len(expected["question_id"].keys() | expected["question_and_image"].keys())
+    ids = {one.question_id for one in train}
+    collisions = [
+        i for i, one in enumerate(asked) if one.question_id in ids and f"k{i:05d}" not in expected["question_id"]
+    ]
+    assert row.id_collisions == len(collisions) > 20
