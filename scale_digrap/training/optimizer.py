@@ -55,8 +55,9 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
 
     if config.name in ("spd", "l2sp"):
         method = AdamSPD if config.name == "spd" else AdamL2SP
-        strength = {} if config.strength is None else {"strength": config.strength}
-        return method(groups, anchor_dtype=config.anchor_dtype, **strength, **common)
+        if config.strength is not None:
+            common["strength"] = config.strength
+        return method(groups, anchor_dtype=config.anchor_dtype, **common)
     return DiGraP(
         groups,
         omega_lr=config.omega_lr,
