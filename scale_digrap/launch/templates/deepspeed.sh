@@ -106,7 +106,8 @@ end_ranks() {  # SECONDS until they are killed
     return 0  # not a bare one: in a trap, that is the status of what the signal broke off
   fi
   for host in "${HOSTS[@]}"; do
-    ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
+    # Without the token: ssh would be one of the processes that are waited for.
+    env -u SCALE_DIGRAP_LAUNCH ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
       "cd $(printf %q "$PWD") && $(printf '%q ' "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1")" ||
       echo "$host: could not be asked whether processes of $START_ID are left there" >&2 &
     asked+=("$!")
