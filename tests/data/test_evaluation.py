@@ -1,6 +1,7 @@
 """Evaluation batches: every sample exactly once, proven; broken samples reported and never substituted."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -138,3 +139,54 @@ def test_an_empty_data_set_has_no_batches(tmp_path):
     (loader,) = loaders(dataset, 1)
     assert list(loader) == []
     loader.verify_coverage()
+
+
+def test_only_what_is_asked_for(tmp_path):
+    """What an interrupted evaluation has not done, dealt out to any ranks, filled up or as short as it is."""
+    dataset = ShardDataset(made.write(tmp_path, 23, per_shard=7, text_only=None))
+    for wanted in ([], [22], [0, 3, 4, 5, 9, 16, 17, 21], list(range(23))):
+        for world in (1, 2, 3, 5):
+            for fill_up in (True, False):
+                ranks = loaders(dataset, world, indices=wanted, fill_up=fill_up)
+                batches = [list(loader) for loader in ranks]
+                assert [len(mine) for mine in batches] == [len(loader) for loader in ranks]
+                seen = []
+                for batch in flat(batches):
+                    assert len(batch.samples) == len(batch.indices) == len(batch.valid) <= 3
+                    assert len(batch.samples) == 3 or not fill_up
+                    assert [index >= 0 for index in batch.indices] == batch.valid.tolist()
+                    valid = [number for number, valid in zip(batch.inputs, batch.valid, strict=True) if valid]
+                    assert valid == [index for index in batch.indices if index >= 0]
+                    seen += valid
+                assert sorted(seen) == wanted
+                if fill_up:
+                    assert len({len(mine) for mine in batches}) == 1
+                else:
+                    assert all(batch.valid.all() for batch in flat(batches))
+    (loader,) = loaders(dataset, 1, indices=[2, 3, 5])
+    list(loader)
+    loader.verify_coverage()
+    loader._sum += 1
+    with pytest.raises(DataError, match="some samples twice"):
+        loader.verify_coverage()
+    for wrong, message in (([3, 2], "strictly increasing"), ([2, 2], "strictly increasing"), ([23], r"\[0, 23\)")):
+        with pytest.raises(DataError, match=message):
+            EvalLoader(dataset, batch_size=2, collate=numbers, indices=wrong)
+
+
+def test_questions_without_their_images(tmp_path):
+    members = [("a.json", b'{"questions": [{"question": "q", "answers": ["x"], "question_id": 1}, '
+                b'{"question": "r", "answers": ["y"], "question_id": 2}], "image_id": 7}'), ("a.png", b"no picture"),
+               ("b.json", b'{"question": "s", "answers": ["w"], "question_id": 3}'),
+               ("c.json", b'{"question": "t", "answers": ["z"], "question_id": 4}')]  # fmt: skip
+    shard = made.tar(tmp_path / "a.tar", members)
+    dataset = ShardDataset(str(shard))
+    # An answer lost after the shard was indexed, which neither its size nor its time shows.
+    before = shard.stat()
+    shard.write_bytes(shard.read_bytes().replace(b'["w"]', b"[   ]"))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    first, second, third, fourth = dataset.questions(0)
+    assert first == {"question": "q", "answers": ["x"], "question_id": 1, "image_id": 7}
+    assert second["question_id"] == 2
+    assert "record 'b'" in str(third)
+    assert fourth["question_id"] == 4

@@ -135,7 +135,10 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(folder: Path, tmp_path: 
     # questions that would spoil a score
     suites = {"group": "id", "shift": "none", "metric": "exact"}
     fields = ", ".join(f"{key}: {value}" for key, value in suites.items())
-    for what, message in (("twice", "question ids occur more than once, first '00001'"), ("empty", "cannot be scored")):
+    for what, message in (
+        ("twice", "question ids occur more than once, first '00001'"),
+        ("empty", "must be a list of one or more strings"),
+    ):
         broken = tmp_path / what
         broken.mkdir()
         write_suite(broken, "id", 8)
