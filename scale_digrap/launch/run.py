@@ -115,6 +115,8 @@ def report(plan: Plan, stamp: Path, statuses: dict[str, int]) -> int:
         print(f"{run_dir}: done{_at_step(end.entry)}")
         return 0
     if end.kind == "stopped":
+        if any(status not in (0, STOPPED_STATUS) for status in statuses.values()):
+            tell(diagnose(plan.logs, stamp), statuses)  # a host failed, and the others were stopped
         reason = f" ({end.entry['reason']})" if "reason" in end.entry else ""
         print(f"{run_dir}: stopped{_at_step(end.entry)}{reason}; the same command goes on from there")
         return STOPPED_STATUS
