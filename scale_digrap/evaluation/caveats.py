@@ -29,7 +29,7 @@ def leaks(comparison: Comparison) -> dict[str, dict[str, Any]]:
 def leak_text(row: dict[str, Any]) -> str:
     """ "1,234 of 5,000 questions (24.7 %): question id 1,000, …"."""
     kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in row["matches"].items() if count)
-    return f"{row['leaked']:,} of {row['questions']:,} questions ({row['fraction']:.1%}; {kinds or 'no match'})"
+    return f"{row['leaked']:,} of {row['questions']:,} questions ({100 * row['fraction']:.1f} %; {kinds or 'no match'})"
 
 
 def metrics(comparison: Comparison, suite: str | None = None) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from scale_digrap.evaluation.results import Cell, Method
@@ -43,6 +44,9 @@ STYLE: Any = {
 }
 HUES = {"base": "Greys", "full": "Blues", "lora": "Oranges"}
 MARKERS = "osD^vPX*<>"
+_DISTINCT = ("#2f7ebc", "#e08214", "#1b9e77", "#c2559b", "#7a6fd0", "#b3861f", "#d1495b", "#3aa6b9")
+_PIXELS_PER_INCH = 103
+"""On a page: text of 9 points is as large as the page's small print."""
 
 
 def to_png(figure: Figure) -> bytes:
@@ -70,21 +74,37 @@ def to_svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
     for colour, place in ((INK, "--text"), (MUTED, "--dim"), (GRID, "--line")):
         text = text.replace(colour, f"var({place})")
-    return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
+    width = round(figure.get_size_inches()[0] * _PIXELS_PER_INCH)
+    text = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
+    return text.replace("<svg", f'<svg style="--width: {width}px"', 1)
 
 
 def method_colours(methods: Sequence[Method]) -> dict[str, tuple[float, ...]]:
-    """One hue per family, from dark to light in the family's order; variants have the colour of their original."""
+    """One hue per family, dark and light, where families have two methods at most; else a colour per method. Published
+    models are grey; variants have the colour of their original."""
+    originals = [method for method in methods if method.variant_of is None]
+    families = {method.family: [m.key for m in originals if m.family == method.family] for method in originals}
     colours: dict[str, tuple[float, ...]] = {}
-    for family in {method.family: None for method in methods}:
-        members = [method.key for method in methods if method.family == family and method.variant_of is None]
-        palette = colormaps[HUES.get(family, "Greens")]
-        shades = np.linspace(0.78, 0.42, len(members)) if len(members) > 1 else [0.55]
-        colours.update({key: palette(shade) for key, shade in zip(members, shades, strict=True)})
+    if all(len(members) <= 2 for members in families.values()):
+        for family, members in families.items():
+            palette = colormaps[HUES.get(family, "Greens")]
+            shades = np.linspace(0.78, 0.42, len(members)) if len(members) > 1 else [0.55]
+            colours.update({key: palette(shade) for key, shade in zip(members, shades, strict=True)})
+    else:
+        trained = [method.key for method in originals if not method.seedless]
+        colours.update({method.key: to_rgba("#8a8f96") for method in originals if method.seedless})
+        colours.update({key: to_rgba(_DISTINCT[place % len(_DISTINCT)]) for place, key in enumerate(trained)})
     for method in methods:
         if method.variant_of is not None:
             colours[method.key] = colours.get(method.variant_of, (0.4, 0.6, 0.4, 1.0))
     return colours
+
+
+def legend(figure: Figure, handles: Iterable[Any], labels: Sequence[str]) -> None:
+    """Below the axes, in as many columns as there is room for."""
+    longest = max((len(label) for label in labels), default=1)
+    columns = max(1, min(6, len(labels), int(figure.get_size_inches()[0] / (0.5 + 0.075 * longest))))
+    figure.legend(list(handles), list(labels), loc="outside lower center", ncols=columns, fontsize=8.5)
 
 
 def markers(methods: Sequence[Method]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from scale_digrap.evaluation.figures import HUES, STYLE
+from scale_digrap.evaluation.figures import HUES, STYLE, legend
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, finite
 
 _MATRIX_LIMIT = 60
@@ -102,7 +102,7 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
         axis.set_xlabel("‖ΔW‖ / ‖W‖" if methods[0].family == "lora" else "‖θ − θ₀‖ / ‖θ₀‖")
         note = f" ({hidden} norms and biases not shown)" if hidden else ""
         axis.set_title(f"Drift from the pre-trained weights{note}")
-        figure.legend(loc="outside lower center", ncols=len(methods))
+        legend(figure, *axis.get_legend_handles_labels())
     return figure
 
 

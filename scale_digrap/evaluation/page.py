@@ -31,10 +31,11 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--text);
-       background: var(--page); max-width: 1180px; margin: 0 auto; padding: 1.6rem 1.2rem 4rem; }
+       background: var(--page); max-width: 1480px; margin: 0 auto; padding: 1.6rem 1.2rem 4rem; }
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-.dim { color: var(--dim); font-size: .88rem; } .dim p, p.dim { margin: .35rem 0; }
-.caveats { list-style: none; margin: 1.1rem 0 1.4rem; padding: 0; }
+.dim { color: var(--dim); font-size: .88rem; } .dim p, p.dim { margin: .35rem 0; max-width: 62rem; }
+.caveats { list-style: none; margin: 1.1rem 0 1.4rem; padding: 0;
+           max-width: 70rem; }
 .caveats li { margin: .4rem 0; padding: .45rem .8rem; border-left: 3px solid var(--edge-mild); background: var(--mild);
               border-radius: 0 5px 5px 0; font-size: .9rem; overflow-wrap: anywhere; }
 .caveats li.serious { border-color: var(--edge-serious); background: var(--serious); }
@@ -52,7 +53,8 @@ td.incomplete { color: var(--dim); font-style: italic; }
 td.better { color: var(--good); font-weight: 600; } td.worse { color: var(--bad); font-weight: 600; }
 td.text { text-align: left; white-space: normal; min-width: 16rem; }
 figure { margin: 1.3rem 0 1.8rem; }
-figure .scroll > svg { display: block; width: 100%; min-width: 620px; height: auto; max-width: var(--width); }
+figure .scroll > svg { display: block; width: 100%; min-width: min(620px, var(--width)); height: auto;
+                       max-width: var(--width); }
 figure svg text { font-family: "DejaVu Sans", Verdana, system-ui, sans-serif !important; }
 figcaption { color: var(--dim); font-size: .86rem; margin-top: .3rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
@@ -251,7 +253,7 @@ def _leakage(comparison: Comparison) -> str:
         name = escape(titles.get(row["suite"], row["suite"])) + (
             f" {LEAKED}" if row["suite"] in leaks(comparison) else ""
         )
-        share = f'<td class="{found}">{row["leaked"]:,} ({row["fraction"]:.1%})</td>'
+        share = f'<td class="{found}">{row["leaked"]:,} ({100 * row["fraction"]:.1f} %)</td>'
         body.append(f"<tr><td>{name}</td><td>{row['questions']:,}</td>{counts}{share}</tr>")
     train = comparison.leakage.get("train", {})
     note = f"Compared with {train.get('questions', 0):,} training questions and {train.get('images', 0):,} images."

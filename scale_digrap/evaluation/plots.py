@@ -8,9 +8,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from scale_digrap.evaluation.caveats import metrics
-from scale_digrap.evaluation.figures import INK, MUTED, STYLE, error_bars, markers, method_colours, padded
+from scale_digrap.evaluation.figures import INK, MUTED, STYLE, error_bars, legend, markers, method_colours, padded
 from scale_digrap.evaluation.layer_plots import drift, layers_over_time
 from scale_digrap.evaluation.results import Column, Comparison, Method
 from scale_digrap.evaluation.shift_accuracy import SPACES, suite_points
@@ -34,7 +35,9 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
         if curve is not None:
             drawn[f"wise{suffix}"] = curve
     if any(column.is_average for column in comparison.columns):
-        drawn["groups"] = accuracy(comparison, summary_columns(comparison), "ID and averages over suites")
+        there = [c for c in summary_columns(comparison) if any(row[c.key] for row in comparison.table.values())]
+        if there:
+            drawn["groups"] = accuracy(comparison, there, "In distribution, near and far")
     drawn["accuracy"] = accuracy(comparison, [c for c in comparison.columns if not c.is_average], "Suites")
     if comparison.shift is not None:
         distance = shift_against_accuracy(comparison)
@@ -106,14 +109,16 @@ def accuracy(comparison: Comparison, columns: list[Column], title: str) -> Figur
             axis.set_ylabel(_score_label(comparison))
         axes[0].set_title(title)
         handles = [
-            axes[0].bar(
-                0, 0, color="none" if method.variant_of else colours[method.key], edgecolor=colours[method.key],
-                hatch="/////" if method.variant_of else None, linewidth=0.8,
+            Patch(
+                facecolor="none" if method.variant_of else colours[method.key],
+                edgecolor=colours[method.key],
+                hatch="/////" if method.variant_of else None,
+                linewidth=0.8,
             )
             for method in comparison.methods
-        ]  # fmt: skip
+        ]
         labels = [method.label for method in comparison.methods]
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8.5)
+        legend(figure, handles, labels)
     return figure
 
 
@@ -168,9 +173,7 @@ def id_against_ood(comparison: Comparison, columns: list[Column]) -> Figure | No
             axis.set_xlabel(f"{across.heading}, {_score_label(comparison)}")
             axis.set_ylabel(f"{_title(column)} (%)")
             axis.set_title(f"{_title(column)} against {across.heading}")
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=8.5
-        )
+        legend(figure, handles.values(), list(handles))
     return figure
 
 
@@ -218,7 +221,7 @@ def wise_curve(comparison: Comparison, columns: list[Column]) -> Figure | None:
             axis.set_xlabel("α (0 pre-trained, 1 fine-tuned)")
         axes[0].set_ylabel(_score_label(comparison))
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8.5)
+        legend(figure, handles, labels)
     return figure
 
 
@@ -261,18 +264,26 @@ def shift_against_accuracy(comparison: Comparison) -> Figure | None:
             if found:
                 text = f"{shown.label}: r = {found.pearson:+.2f} ({p_text(found.pearson_p)}), {found.n} suites"
                 axis.text(0.02, 0.02, text.replace("-", "−"), transform=axis.transAxes, fontsize=7.5, color=MUTED)
-            axis.margins(x=0.12, y=0.12)
             axis.grid()
             axis.set_xlabel("Mahalanobis distance to the training set")
         axes[0].set_ylabel(_score_label(comparison))
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8.5)
+        legend(figure, handles, labels)
     return figure
 
 
 def _label_points(axis: Axes, places: dict[str, tuple[float, float]]) -> None:
-    for name, (x, y) in places.items():
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=MUTED)
+    """Names above points, higher where another name is in the way."""
+    axis.margins(x=0.14, y=0.14)
+    axis.autoscale_view()
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    taken: list[tuple[float, float, float]] = []
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        across, up, half = (x - left) / (right - left), (y - low) / (high - low) + 0.025, 0.012 * len(name)
+        while any(abs(across - other) < half + wide and abs(up - level) < 0.035 for other, level, wide in taken):
+            up += 0.035
+        taken.append((across, up, half))
+        axis.text(across, up, name, transform=axis.transAxes, ha="center", fontsize=7, color=MUTED)
 
 
 def _chains(comparison: Comparison) -> list[list[Method]]:

@@ -195,7 +195,8 @@ def notes(comparison: Comparison) -> list[str]:
         if any(cell is None for cell in comparison.table[method.key].values())
     ]
     if incomplete:
-        result.append(f"Incomplete, marked {EMPTY}: {', '.join(incomplete)}.")
+        which = "every method" if len(incomplete) == len(comparison.methods) else ", ".join(incomplete)
+        result.append(f"Incomplete, marked {EMPTY}: {which}.")
     return result
 
 
@@ -248,7 +249,7 @@ def _difference(paired: Paired | None) -> Difference:
 
 def _difference_label(method: Method, other: Method) -> str:
     if method.variant_of == other.key:  # "AdamW: + WiSE-FT" in place of "AdamW + WiSE-FT − AdamW"
-        return f"{other.label}: {method.label.removeprefix(other.label).strip()}"
+        return f"{other.label}: {method.label.removeprefix(other.label).strip(' ,:')}"
     return f"{method.label} − {other.label}"
 
 
