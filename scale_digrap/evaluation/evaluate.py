@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scale_digrap.config import Config, TrainingConfig
+from scale_digrap.config import Config, ConfigError, TrainingConfig, suggest
 from scale_digrap.data.dataset import ShardDataset
 from scale_digrap.errors import RunStopped
-from scale_digrap.evaluation import models
+from scale_digrap.evaluation import leakage, models, shift
 from scale_digrap.evaluation.evaluate_config import EvaluateConfig, evaluate_config_to_yaml
 from scale_digrap.evaluation.generation import generation_settings
 from scale_digrap.evaluation.models import Variant
@@ -94,6 +95,8 @@ class _Evaluation:
     def __init__(self, config: EvaluateConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.generation = generation_settings(config.generation)
+        _check_options("leakage", config.leakage, leakage.check)
+        _check_options("shift", config.shift, shift.shift_scores, "model")
         self.dtype = models.precision(config, ranks.device)
         self.suites: list[Suite] = []
         self.datasets: dict[str, ShardDataset] = {}
@@ -172,19 +175,35 @@ class _Evaluation:
     def _check_leakage(self) -> None:
         if self.config.leakage is None:
             return
-        from scale_digrap.evaluation.leakage import check
-
-        options = dict(self.config.leakage)
-        report = check(
+        settings = on_first(self.ranks, lambda: self._against_training("leakage"))
+        if settings is None:
+            return
+        log.info("looking for the suites' questions and pictures in the training data")
+        report = leakage.check(
             self.suites,
-            options.pop("train"),
             open_shards=partial(open_shards, self.config.data),
             dp_rank=self.ranks.rank,
             dp_world_size=self.ranks.world_size,
-            **options,
+            **(self.config.leakage or {}),
         )
-        text = json.dumps(report.to_json(), indent=1) + "\n"
-        on_first(self.ranks, lambda: write_whole(self.out / "leakage.json", [text.encode()]))
+        on_first(self.ranks, lambda: self._keep("leakage", report.to_json(), settings))
+
+    def _against_training(self, name: str, **more: Any) -> dict[str, Any] | None:
+        """What the comparison of the suites with training data depends on; None if it is on disk already."""
+        options = dict(getattr(self.config, name) or {})
+        settings = {
+            "options": options,
+            "train": open_shards(self.config.data, _listed(options["train"])).fingerprint(),
+            "suites": {suite: dataset.fingerprint() for suite, dataset in self.datasets.items()},
+            **more,
+        }
+        path = self.out / f"{name}.settings.json"
+        same = path.is_file() and path.read_text(encoding="utf-8") == json.dumps(settings, sort_keys=True)
+        return None if same and (self.out / f"{name}.json").is_file() else settings
+
+    def _keep(self, name: str, content: dict[str, Any], settings: dict[str, Any]) -> None:
+        write_whole(self.out / f"{name}.json", [json.dumps(content, indent=1).encode() + b"\n"])
+        write_whole(self.out / f"{name}.settings.json", [json.dumps(settings, sort_keys=True).encode()])
 
     # -- a model -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +213,11 @@ class _Evaluation:
     def _evaluate(self, variant: Variant, position: int, training: Config, requests: StopRequests) -> None:
         ranks, config = self.ranks, self.config
         tasks = begin(ranks, self._folder(variant), self.suites, self.datasets, self._settings(variant))
-        if not tasks:
+        shifting: dict[str, Any] | None = None
+        if config.shift is not None and variant is self._shift_variant():
+            common = {"checkpoint": variant.identity, "template": variant.template.to_dict(), "dtype": self.dtype}
+            shifting = on_first(ranks, lambda: self._against_training("shift", **common))
+        if not tasks and shifting is None:
             return
         exported = self.out / "models" / variant.key
         title = f"{variant.key} ({position} of {len(self.variants)})"
@@ -202,26 +225,29 @@ class _Evaluation:
         try:
             if variant.entry.run is not None:
                 on_first(ranks, lambda: models.export_variant(variant, exported, self.dtype))
-            with models.loaded(variant, self.engine, training, exported) as (model, collator), progress:
-                seconds = answer(
-                    model,
-                    collator,
-                    tasks,
-                    signals=lambda lockstep: Signals(
-                        ranks.rank,
-                        ranks.world_size,
-                        lockstep=lockstep,
-                        timeout_s=config.engine.timeout_s,
-                        progress=progress.update,
-                    ),
-                    dp_rank=ranks.rank,
-                    dp_world_size=ranks.world_size,
-                    device=ranks.device,
-                    batch_size=config.batch_size,
-                    generation=self.generation,
-                    workers=config.workers,
-                    stop=lambda: requests.reason(requests.votes(ranks.rank)),
-                )
+            with models.loaded(variant, self.engine, training, exported) as (model, collator):
+                if tasks:
+                    with progress:
+                        seconds = answer(
+                            model,
+                            collator,
+                            tasks,
+                            signals=lambda lockstep: Signals(
+                                ranks.rank,
+                                ranks.world_size,
+                                lockstep=lockstep,
+                                timeout_s=config.engine.timeout_s,
+                                progress=progress.update,
+                            ),
+                            stop=lambda: requests.reason(requests.votes(ranks.rank)),
+                            device=ranks.device,
+                            generation=self.generation,
+                            **self._how(),
+                        )
+                    merge(ranks, tasks)
+                    self.seconds[variant.key] = sum(seconds.values())
+                if shifting is not None:
+                    self._measure_shift(model, collator, variant, shifting)
                 del model, collator
         except StopAsked as asked:
             if ranks.rank == 0:
@@ -233,11 +259,40 @@ class _Evaluation:
         finally:
             if ranks.rank == 0:
                 shutil.rmtree(exported, ignore_errors=True)
-        merge(ranks, tasks)
-        self.seconds[variant.key] = sum(seconds.values())
         gc.collect()  # models refer to themselves: the next one should not need room for both
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _how(self) -> dict[str, Any]:
+        """How ranks share a suite."""
+        return {
+            "batch_size": self.config.batch_size,
+            "workers": self.config.workers,
+            "dp_rank": self.ranks.rank,
+            "dp_world_size": self.ranks.world_size,
+        }
+
+    def _shift_variant(self) -> Variant:
+        """The model in whose embeddings the shift is measured: the one named, or the baseline, or the first."""
+        options = self.config.shift or {}
+        named = [v for v in self.variants if v.name == options.get("model")]
+        baseline = [v for v in self.variants if v.method == self.config.baseline]
+        return (named or baseline or self.variants)[0]
+
+    def _measure_shift(self, model: Any, collator: Any, variant: Variant, settings: dict[str, Any]) -> None:
+        log.info("measuring how far the suites are from the training data, in the embeddings of %s", variant.key)
+        options = {name: value for name, value in (self.config.shift or {}).items() if name != "model"}
+        report = shift.shift_scores(
+            model,
+            collator,
+            suites=self.suites,
+            out=self.out,
+            name=variant.method,
+            device=self.ranks.device,
+            open_shards=partial(open_shards, self.config.data),
+            **{**self._how(), **options},
+        )
+        on_first(self.ranks, lambda: self._keep("shift", report.to_json(), settings))
 
     # -- after ---------------------------------------------------------------------------------------------------------
 
@@ -319,6 +374,21 @@ class _Evaluation:
     def _json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.out / name).read_text(encoding="utf-8"))
         return content
+
+
+def _listed(shards: Any) -> list[str]:
+    return [shards] if isinstance(shards, str) else list(shards)
+
+
+_GIVEN = ("suites", "open_shards", "progress", "dp_rank", "dp_world_size", "device", "out", "name", "collator", "model")
+
+
+def _check_options(section: str, values: dict[str, Any] | None, function: Any, *more: str) -> None:
+    """Refuse a key that the function behind a section of the configuration does not take."""
+    known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+    for key in values or {}:
+        if key not in (*known, *more):
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}{suggest(key, known)}: it has {', '.join(known)}")
 
 
 def _telemetry(variant: Variant) -> list[dict[str, Any]]:

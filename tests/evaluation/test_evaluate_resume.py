@@ -78,23 +78,17 @@ def fail_in_generation(rank: int) -> None:
     """Rank 1 fails in its third batch."""
     if rank != 1:
         return
-    from scale_digrap.evaluation import runner
+    from transformers import GenerationMixin
 
-    decode, calls = runner.generating, []
+    generate, calls = GenerationMixin.generate, []
 
-    def broken(model):
-        generate = model.generate
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("the device has fallen off the bus")
+        return generate(*args, **kwargs)
 
-        def failing(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                raise ValueError("the device has fallen off the bus")
-            return generate(*args, **kwargs)
-
-        model.generate = failing
-        return decode(model)
-
-    runner.generating = broken
+    GenerationMixin.generate = failing  # type: ignore[method-assign]
 
 
 def take_time(rank: int) -> None:
@@ -113,9 +107,11 @@ def take_time(rank: int) -> None:
 @pytest.mark.distributed
 def test_killed_in_the_middle_of_a_line_and_resumed_on_another_number_of_ranks(dist_pool, folder: Path, whole):
     killed = launch(folder, "killed", prepare=die_while_writing)
-    assert killed.wait() == [-signal.SIGKILL, -signal.SIGKILL], killed.output()
+    codes = killed.wait()  # a rank that has not died yet may notice that the other has
+    assert -signal.SIGKILL in codes, killed.output()
+    assert set(codes) <= {-signal.SIGKILL, 5}, killed.output()
     before = answered(folder, "killed")
-    assert len(before) == len(set(before)) >= 8
+    assert len(before) == len(set(before)) >= 4
     assert not predictions(folder / "killed").keys() & whole.keys()
     parts = {path: path.read_bytes() for path in (folder / "killed").rglob("attempt-*.jsonl")}
     assert any(not content.endswith(b"\n") for content in parts.values()), "nothing was torn"
