@@ -79,12 +79,12 @@ def to_svg(figure: Figure, name: str) -> str:
     return text.replace("<svg", f'<svg style="--width: {width}px"', 1)
 
 
-def method_colours(methods: Sequence[Method]) -> dict[str, tuple[float, ...]]:
+def method_colours(methods: Sequence[Method]) -> dict[str, Any]:
     """One hue per family, dark and light, where families have two methods at most; else a colour per method. Published
     models are grey; variants have the colour of their original."""
     originals = [method for method in methods if method.variant_of is None]
     families = {method.family: [m.key for m in originals if m.family == method.family] for method in originals}
-    colours: dict[str, tuple[float, ...]] = {}
+    colours: dict[str, Any] = {}
     if all(len(members) <= 2 for members in families.values()):
         for family, members in families.items():
             palette = colormaps[HUES.get(family, "Greens")]
