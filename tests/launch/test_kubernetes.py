@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+import time
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +15,29 @@ from typing import Any
 import pytest
 import yaml
 
+from scale_digrap.launch.render import render
+from scale_digrap.launch.spec import LaunchConfig
+from scale_digrap.launch.workload import Workload
 from tests.launch import golden_files
+from tests.launch.test_golden import pod_script
 
 VERSION = "1.32"
 MANIFESTS = [path for path in golden_files.rendered() if path.suffix == ".yaml"]
+STAND_IN = """\
+#!/bin/bash
+# Stands in for torchrun and the preflight; scale_digrap.launch.node is itself.
+case "$*" in
+  *launch.node*) exec {python} "$@" ;;
+  *launch.preflight*) exit 0 ;;
+esac
+trap "sleep 0.2; echo '{{}}' >{run}/STOPPED; exit 1" TERM  # as torchrun does
+echo >{run}/up
+case {mode} in
+  done) echo '{{}}' >{run}/DONE; exit 1 ;;
+  fail) exit 3 ;;
+  wait) while :; do sleep 0.1; done ;;
+esac
+"""
 OWN_MODELS = {"JobSet": "JobsetV1alpha2JobSet", "TrainJob": "TrainerV1alpha1TrainJob"}
 
 
@@ -126,3 +150,28 @@ def test_dollars_in_values_survive_the_kubelet():
     everything = documents()[5]
     env = {entry["name"]: entry["value"] for entry in everything["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env["GREETING"] == 'it\'s $$5, "100 %" # no comment'
+
+
+@pytest.mark.parametrize(
+    ("mode", "overrides", "status"),
+    [("done", (), 0), ("nothing", (), 1), ("fail", (), 3), ("wait", (), 75), ("done", ("optimizer.lrr=1",), 2)],
+)
+def test_a_pod_ends_with_the_status_that_its_failure_policy_expects(tmp_path, mode, overrides, status):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable, run=tmp_path / "run", mode=mode))
+    python.chmod(0o755)
+    spec = LaunchConfig(name="pods", workdir=str(tmp_path), python=str(python), preflight=True)
+    config = str(golden_files.ROOT / "configs" / "quickstart.yaml")
+    workload = Workload("train", config, (f"run_dir={tmp_path / 'run'}", *overrides), tmp_path / "run", "")
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(render("kubernetes/job.yaml", spec, workload))
+    env = os.environ | {"HOSTNAME": "pods-0", "JOB_COMPLETION_INDEX": "0"}
+    pod = subprocess.Popen(["bash", "-c", pod_script(manifest)], env=env, stderr=subprocess.PIPE, text=True)
+    if mode == "wait":
+        while not (tmp_path / "run" / "up").exists():
+            assert pod.poll() is None
+            time.sleep(0.05)
+        pod.send_signal(signal.SIGTERM)
+    _, error = pod.communicate(timeout=60)
+    assert pod.returncode == status, error
+    assert not overrides or "did you mean 'optimizer.lr'" in error
