@@ -13,7 +13,8 @@ from scale_digrap.launch.plan import ENVIRONMENT_FILE, Command, Plan, ssh
 from scale_digrap.launch.spec import LaunchError
 
 _NODE = "scale_digrap.launch.node"
-_SSH_FAILED = 255
+SSH_FAILED = 255
+"""What ssh ends with when it is not the command's own status."""
 _ASK_S = 120.0
 _PREFLIGHT_S = 600.0
 
@@ -33,7 +34,7 @@ def ready(plan: Plan) -> dict[str, int]:
         done = _on_host(plan, plan.hosts[place], arguments, _ASK_S)
         host = plan.hosts[place]
         words = _last_words(done)
-        if done.returncode == _SSH_FAILED:
+        if done.returncode == SSH_FAILED:
             raise LaunchError(
                 f"host {host} cannot be reached by ssh ({words}): `ssh -o BatchMode=yes {host} true` must work from "
                 f"here, or take the host out of the launch file"
@@ -43,6 +44,11 @@ def ready(plan: Plan) -> dict[str, int]:
         return int(done.stdout.split()[-1])
 
     return dict(zip(plan.hosts, _each(ask, len(plan.hosts)), strict=True))
+
+
+def wait_command(plan: Plan, host: str, start_id: str) -> Command:
+    """Ends when no process of the start is left on a host."""
+    return ssh(plan.spec, host, _there(plan, Command([plan.spec.python, "-m", _NODE, "wait", start_id])))
 
 
 def ask_to_stop(plan: Plan, start_id: str, within_s: float) -> None:

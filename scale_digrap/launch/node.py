@@ -1,4 +1,4 @@
-"""What the scripts ask on a node: ``python -m scale_digrap.launch.node config | step | stop | ready``.
+"""What the scripts ask on a node: ``python -m scale_digrap.launch.node config | step | stop | wait | ready``.
 
 Imports no torch: each answer takes a moment. Linux only (``/proc``).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--to", type=Path, help="write the resolved configuration here")
     config.set_defaults(run=_config)
 
-    step = actions.add_parser("step", help="print the step of a run's newest checkpoint, 0 if there is none")
+    step = actions.add_parser("step", help="print how far a run is on disk: the step of its newest checkpoint, or 0")
     step.add_argument("run_dir", type=Path)
     step.set_defaults(run=_step)
 
@@ -75,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("token")
     stop.add_argument("--within", type=float, default=60.0, metavar="S", help="kill what is left after this time")
     stop.set_defaults(run=_stop)
+
+    wait = actions.add_parser("wait", help="wait until no process of a start is left on this host")
+    wait.add_argument("token")
+    wait.set_defaults(run=lambda arguments: _wait(arguments.token, math.inf))
 
     ready = actions.add_parser("ready", help="can this host take part? prints the number of its GPUs")
     ready.add_argument("--port", type=int, help="must be free here")
@@ -94,13 +99,15 @@ def _step(arguments: argparse.Namespace) -> None:
 
 
 def newest_step(run_dir: str | Path) -> int:
-    """Step of the newest checkpoint that was committed, 0 if there is none."""
+    """How far a run is on disk: the step of its newest committed checkpoint, or, of an evaluation, the bytes of its
+    answers; 0 if there is neither."""
     from scale_digrap.training.run_folder import RunFolderError, checkpoints
 
     try:
         return checkpoints(run_dir)[-1][0]
     except RunFolderError:
-        return 0
+        answers = Path(run_dir) / "predictions"
+        return sum(path.stat().st_size for path in answers.rglob("*") if path.is_file())
 
 
 def _stop(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ _FOLDER = "launch"
 """In ``run_dir``: the scripts of the last start."""
 
 ENVIRONMENT_FILE = "environment"
+_ALIVE_S = 15
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,14 @@ def node_command(plan: Plan, node: NodeContext) -> Command:
 
 def ssh(spec: LaunchConfig, host: str, remote: str) -> Command:
     """A command on another host, without any question about passwords or keys."""
-    options = ["-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={spec.ssh.connect_timeout_s}", *spec.ssh.options]
-    return Command(["ssh", *options, host, remote])
+    settings = (
+        "BatchMode=yes",
+        f"ConnectTimeout={spec.ssh.connect_timeout_s}",
+        f"ServerAliveInterval={_ALIVE_S}",  # a host that is switched off does not end a connection
+        "ServerAliveCountMax=3",
+    )
+    options = [word for setting in settings for word in ("-o", setting)]
+    return Command(["ssh", "-n", *options, *spec.ssh.options, host, remote])
 
 
 def submit_command(plan: Plan) -> Command:

@@ -181,13 +181,22 @@ def _wait(
     progress: Progress,
 ) -> dict[str, int]:
     statuses: dict[str, int] = {}
+    lost: set[str] = set()
     asked = 0
     failed_at: float | None = None
     remote = bool(plan.hosts) and not plan.pdsh
     least = plan.spec.node_range[0] if remote else 1
     while len(statuses) < len(running):
-        for name, process in running.items():
+        for name, process in list(running.items()):
             if name not in statuses and process.poll() is not None:
+                if remote and process.returncode == hosts.SSH_FAILED and name not in lost:
+                    print(f"\n{name}: the connection is lost; is the run still there?", file=sys.stderr)
+                    lost.add(name)
+                    command = hosts.wait_command(plan, name, start_id)
+                    running[name] = subprocess.Popen(
+                        command.argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+                    )
+                    continue
                 statuses[name] = process.returncode
                 if process.returncode not in (0, STOPPED_STATUS):
                     print(f"\n{name}: ended with exit status {process.returncode}", file=sys.stderr)

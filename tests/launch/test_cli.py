@@ -98,7 +98,8 @@ def test_dry_run_shows_commands_and_keeps_secrets(launch, monkeypatch):
     commands = out[out.index("# ===== commands") :].splitlines()[1:]
     assert len(commands) == 2
     for host, command in zip(("node0", "node1"), commands, strict=True):
-        assert command.startswith(f"ssh -n -o BatchMode=yes -o ConnectTimeout=10 {host} ")
+        assert command.startswith("ssh -n -o BatchMode=yes -o ConnectTimeout=10 ")
+        assert f" {host} 'cd {ROOT} && . /shared/r/launch/environment && " in command
         assert "bash /shared/r/launch/torchrun.sh" in command
     environment = out[out.index("launch/environment") : out.index("# ===== commands")]
     assert "export HF_TOKEN=***" in environment

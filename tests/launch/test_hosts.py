@@ -43,7 +43,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 if mode == f"fail {{host}}":
     sys.exit("scale-digrap: error: no GPU on this host")
-while mode != "done":
+while (folder / "mode").read_text() != "done":
     time.sleep(0.1)
 time.sleep(0.3)
 (run / "DONE").write_text('{{"step": 8}}')
@@ -59,9 +59,11 @@ class Stage:
         ssh = folder / "bin" / "ssh"
         ssh.parent.mkdir()
         shell = SSH.replace("shift  # the host", "host=$1; shift").replace("env -i", 'env -i STAND_IN_HOST="$host"')
-        shell = shell.replace(
-            "exec env", f'grep -qx "$host" {folder}/down && {{ echo "ssh: no route" >&2; exit 255; }}\nexec env'
-        )
+        down = f'grep -qx "$host" {folder}/down && {{ echo "ssh: no route" >&2; exit 255; }}'
+        shell = shell.replace("exec env", f"{down}\nset -m\nenv")
+        # A connection that breaks leaves what was started behind.
+        dropped = f"if [ -e {folder}/drop.$host ]; then rm {folder}/drop.$host; exit 255; fi"
+        shell = f"{shell.rstrip()} & while kill -0 $! 2>/dev/null; do {dropped}; sleep 0.1; done; wait $!\n"
         ssh.write_text(shell)
         for path in (python, ssh):
             path.chmod(0o755)
@@ -149,6 +151,20 @@ def test_a_host_that_fails_takes_the_others_with_it_and_is_named(stage, monkeypa
     assert "failed: error: no GPU on this host; its log: " in error
     # The other one was stopped with a checkpoint: the same command goes on when the host is well again.
     assert status == 75
+
+
+def test_a_connection_that_breaks_does_not_end_the_run(stage):
+    def drop() -> None:
+        (stage.folder / "drop.two").touch()
+        while (stage.folder / "drop.two").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (stage.folder / "mode").write_text("done")
+
+    stage.when_called(drop)
+    status, out, error = stage.launch("wait")
+    assert "two: the connection is lost" in error
+    assert (status, "done after step 8" in out) == (0, True), out + error
 
 
 def test_preflight_runs_on_all_hosts_and_can_stop_the_start(stage):

@@ -80,6 +80,10 @@ def test_the_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
     for name in ("step-4", "step-12", "step-20.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert node.newest_step(tmp_path) == 12
+    answers = tmp_path / "evaluation" / "predictions" / "zero-shot" / "id.jsonl"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("{}\n")
+    assert node.newest_step(tmp_path / "evaluation") == 3
 
 
 def test_a_port_in_use_is_named(capsys):
