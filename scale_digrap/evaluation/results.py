@@ -28,11 +28,13 @@ from scale_digrap.evaluation.runs import (
 from scale_digrap.evaluation.statistics import (
     Interval,
     Paired,
+    SuiteDifference,
     Units,
     bootstrap_means,
     over_seeds,
-    paired_bootstrap,
+    paired,
     percentile_interval,
+    suite_difference,
     units,
 )
 from scale_digrap.evaluation.suites import Suite
@@ -104,6 +106,7 @@ class Comparison:
         self._scores_cache: dict[tuple[str, str], _Scores | None] = {}
         self._bootstrap_cache: dict[tuple[str, str], np.ndarray] = {}
         self._difference_cache: dict[tuple[str, str, str], Paired | None] = {}
+        self._suite_cache: dict[tuple[str, str, str], SuiteDifference | None] = {}
         known = {method.key: method for method in self.methods}
         if len(known) < len(self.methods):
             raise ResultsError(f"methods with the same key: {[method.key for method in self.methods]}")
@@ -257,20 +260,25 @@ class Comparison:
         return self._difference_cache[key]
 
     def _paired(self, method: str, other: str, column: Column) -> Paired | None:
-        pairs = self._seed_pairs(method, other)
-        differences: list[list[np.ndarray]] = [[] for _ in pairs]
-        clusters = []
+        suites = []
         for name in column.suites:
-            a, b = self.scores(method, name), self.scores(other, name)
-            if a is None or b is None or a.metric != b.metric:
-                return None
-            order = slice(None) if a.questions == b.questions else _order(b.questions, a.questions)
-            if order is None:
-                return None
-            for index, (first, second) in enumerate(pairs):
-                differences[index].append(a.per_seed[first] - b.per_seed[second][order])
-            clusters.append(a.clusters)
-        return paired_bootstrap(differences, clusters) if differences and column.suites else None
+            key = (method, other, name)
+            if key not in self._suite_cache:
+                self._suite_cache[key] = self._suite_difference(*key)
+            suites.append(self._suite_cache[key])
+        there = [suite for suite in suites if suite is not None]
+        return paired(there) if there and len(there) == len(suites) else None
+
+    def _suite_difference(self, method: str, other: str, name: str) -> SuiteDifference | None:
+        pairs = self._seed_pairs(method, other)
+        a, b = self.scores(method, name), self.scores(other, name)
+        if not pairs or a is None or b is None or a.metric != b.metric:
+            return None
+        order = slice(None) if a.questions == b.questions else _order(b.questions, a.questions)
+        if order is None:
+            return None
+        differences = [a.per_seed[first] - b.per_seed[second][order] for first, second in pairs]
+        return suite_difference(differences, a.clusters, seed=zlib.crc32(name.encode()))
 
     def _seed_pairs(self, method: str, other: str) -> list[tuple[int, int]]:
         first, second = ([run.seed for run in self.runs_of(key)] for key in (method, other))

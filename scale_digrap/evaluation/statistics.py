@@ -41,7 +41,7 @@ class SeedSummary:
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference between two methods on the same questions."""
+    """The difference between two methods on the same questions, from `paired`."""
 
     mean: float
     interval: Interval
@@ -150,56 +150,80 @@ def over_seeds(values: Sequence[float]) -> SeedSummary:
     return SeedSummary(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size)
 
 
-def paired_bootstrap(
-    differences: Sequence[Sequence[np.ndarray]],
-    clusters: Sequence[np.ndarray | None] | None = None,
+@dataclass(frozen=True)
+class SuiteDifference:
+    """One suite's part in the difference between two methods."""
+
+    per_seed: np.ndarray
+    """Mean difference over the questions, float64 [seeds]."""
+    deviations: np.ndarray
+    """Of bootstrap means of the differences averaged over seeds from their mean, float64 [resamples]."""
+
+
+def suite_difference(
+    differences: Sequence[np.ndarray],
+    clusters: np.ndarray | None = None,
     *,
     resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Paired:
-    """Interval and p-value of the mean difference between two methods.
-
-    The figure is the mean over seeds of the mean over suites of the mean over questions. Its deviations under the null
-    are those of bootstrap samples of the questions (differences averaged over the seeds first, as all seeds answer the
-    same questions) from the observed mean, plus, with several seeds, Student's t with seeds − 1 degrees of freedom
-    times the standard error over seeds. The interval is symmetric (Hall 1988): the mean ± the quantile of the absolute
-    deviations; p is the share of deviations at least as large as the observed mean.
+    seed: int | Sequence[int] = 0,
+) -> SuiteDifference:
+    """Bootstrap one suite's differences.
 
     Args:
-        differences: per seed, per suite, the score of the one minus the score of the other on the same questions,
-            [n_suite].
-        clusters: per suite as in `units`.
+        differences: per seed, the score of the one method minus the score of the other on the same questions, [n].
+        clusters: as in `units`.
         resamples: bootstrap samples.
-        confidence: nominal coverage.
         seed: of the resampling.
 
     Raises:
-        ValueError: seeds with different suites or question counts, or nothing to compare.
+        ValueError: seeds with different question counts, or nothing to compare.
     """
-    if not differences or not differences[0]:
+    lengths = {len(one) for one in differences}
+    if not lengths or lengths == {0}:
         raise ValueError("nothing to compare")
-    shapes = [[len(suite) for suite in one] for one in differences]
-    if any(shape != shapes[0] for shape in shapes) or 0 in shapes[0]:
-        raise ValueError(f"seeds differ in suites or questions: {shapes}")
-    suites, seeds = len(differences[0]), len(differences)
-    deviations = np.zeros(resamples)
-    for index in range(suites):
-        averaged = np.mean([np.asarray(one[index], dtype=np.float64) for one in differences], axis=0)
-        kinds = units(averaged, clusters[index] if clusters else None)
-        drawn = bootstrap_means(kinds, resamples=resamples, seed=[seed, index])
-        # the variance of a bootstrap mean is (n − 1) / n of the unbiased one
-        deviations += (drawn - kinds.mean) * math.sqrt(kinds.number / max(1, kinds.number - 1)) / suites
-    per_seed = np.array([np.mean([np.mean(suite) for suite in one]) for one in differences])
+    if len(lengths) > 1:
+        raise ValueError(f"seeds differ in questions: {sorted(lengths)}")
+    stacked = np.asarray(differences, dtype=np.float64)
+    # all seeds answer the same questions: they are one sample of questions, not several
+    kinds = units(stacked.mean(axis=0), clusters)
+    drawn = bootstrap_means(kinds, resamples=resamples, seed=seed)
+    # the variance of a bootstrap mean is (n − 1) / n of the unbiased one
+    unbiased = math.sqrt(kinds.number / max(1, kinds.number - 1))
+    return SuiteDifference(stacked.mean(axis=1), (drawn - kinds.mean) * unbiased)
+
+
+def paired(suites: Sequence[SuiteDifference], *, confidence: float = 0.95, seed: int = 0) -> Paired:
+    """Interval and p-value of the mean over seeds of the mean over suites of the mean difference over questions.
+
+    Its deviations under the null are those of the suites' bootstrap samples and, with several seeds, Student's t with
+    seeds − 1 degrees of freedom times the standard error over seeds. The interval is symmetric (Hall 1988): the mean ±
+    the quantile of the absolute deviations; p is the share of deviations at least as large as the observed mean.
+
+    Args:
+        suites: with the same seeds and resamples.
+        confidence: nominal coverage.
+        seed: of Student's t.
+
+    Raises:
+        ValueError: no suites, or suites with different numbers of seeds.
+    """
+    counts = {len(suite.per_seed) for suite in suites}
+    if len(counts) != 1:
+        raise ValueError(f"suites differ in seeds: {sorted(counts)}" if counts else "nothing to compare")
+    seeds = counts.pop()
+    deviations = np.mean([suite.deviations for suite in suites], axis=0)
+    per_seed = np.mean([suite.per_seed for suite in suites], axis=0)
+    resamples = len(deviations)
     if seeds > 1:
         error = float(per_seed.std(ddof=1)) / math.sqrt(seeds)
-        deviations += error * np.random.default_rng([seed, suites]).standard_t(seeds - 1, resamples)
+        deviations = deviations + error * np.random.default_rng(seed).standard_t(seeds - 1, resamples)
     mean = float(per_seed.mean())
     absolute = np.abs(deviations)
     p = float((1 + np.count_nonzero(absolute >= abs(mean) - 1e-12)) / (resamples + 1))
-    # the order statistic that makes interval and p-value agree: zero is outside exactly where p < 1 − confidence
-    place = math.ceil(confidence * (resamples + 1)) - 1
-    half = float(np.sort(absolute)[min(place, resamples - 1)])
+    # the order statistic that makes interval and p-value agree: zero is outside exactly where p < 1 − confidence, that
+    # is, where fewer than (1 − confidence) (resamples + 1) − 1 deviations are as large as the mean
+    larger = math.ceil(round((1 - confidence) * (resamples + 1) - 1, 6)) - 1
+    half = float(np.sort(absolute)[resamples - 1 - max(0, larger)])
     return Paired(mean, Interval(mean - half, mean + half), p, seeds)
 
 

@@ -11,8 +11,9 @@ from scale_digrap.evaluation.statistics import (
     bootstrap_means,
     correlate,
     over_seeds,
-    paired_bootstrap,
+    paired,
     percentile_interval,
+    suite_difference,
     units,
 )
 
@@ -22,6 +23,12 @@ VQA = np.array([0.0, 0.3, 0.6, 0.9, 1.0])
 
 def interval(scores, clusters=None, resamples=1000):
     return percentile_interval(bootstrap_means(units(scores, clusters), resamples=resamples))
+
+
+def paired_bootstrap(differences, clusters=None, resamples=5000):
+    """Differences per seed and suite."""
+    suites = zip(*differences, clusters or [None] * len(differences[0]), strict=True)
+    return paired([suite_difference(one[:-1], one[-1], resamples=resamples, seed=i) for i, one in enumerate(suites)])
 
 
 def images(rng: np.random.Generator, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -105,15 +112,15 @@ def test_coverage_of_the_group_interval():
 
 
 def test_coverage_of_the_clustered_interval():
-    """1000 suites of 150 images: 95 ± 2 % with images as units; with questions as units far fewer."""
+    """600 suites of 150 images: 95 ± 2 % with images as units; with questions as units far fewer."""
     rng = np.random.default_rng(4)
     hits = np.zeros(2)
-    for _ in range(1000):
+    for _ in range(600):
         scores, clusters = images(rng, 150)
         for kind, made in enumerate((interval(scores, clusters), interval(scores))):
             hits[kind] += made.low <= 0.6 <= made.high
-    assert 0.93 <= hits[0] / 1000 <= 0.97
-    assert hits[1] / 1000 < 0.87
+    assert 0.93 <= hits[0] / 600 <= 0.97
+    assert hits[1] / 600 < 0.87
 
 
 def paired_scores(rng: np.random.Generator, n: int, gap: float) -> np.ndarray:
@@ -143,7 +150,7 @@ def test_coverage_of_the_paired_interval_and_its_p_value():
 def test_p_value_is_uniform_under_the_null():
     rng = np.random.default_rng(6)
     values = []
-    for _ in range(1000):
+    for _ in range(600):
         differences = rng.choice(VQA, 600) - rng.choice(VQA, 600)
         values.append(paired_bootstrap([[differences]], resamples=999).p)
     assert stats.kstest(values, "uniform").pvalue > 0.01
@@ -161,7 +168,7 @@ def test_p_value_agrees_with_the_paired_t_test():
 def test_coverage_of_the_paired_clustered_interval():
     rng = np.random.default_rng(8)
     hits = np.zeros(2)
-    for _ in range(1000):
+    for _ in range(600):
         sizes = rng.integers(1, 8, 120)
         clusters = np.repeat(np.arange(120), sizes)
         shared = np.repeat(rng.choice([-0.5, 0.0, 0.7], 120), sizes)
@@ -169,22 +176,22 @@ def test_coverage_of_the_paired_clustered_interval():
         for kind, codes in enumerate((clusters, None)):
             made = paired_bootstrap([[differences]], [codes], resamples=499)
             hits[kind] += made.interval.low <= 0.1 <= made.interval.high  # 0.2 / 3 + 0.1 / 3
-    assert 0.93 <= hits[0] / 1000 <= 0.97
-    assert hits[1] / 1000 < 0.87
+    assert 0.93 <= hits[0] / 600 <= 0.97
+    assert hits[1] / 600 < 0.87
 
 
 def test_coverage_over_seeds():
     """Noise over questions and over three seeds: at least nominal, and one seed alone is far too sure of itself."""
     rng = np.random.default_rng(9)
     hits = np.zeros(2)
-    for _ in range(1000):
+    for _ in range(600):
         per_question = rng.choice([-1.0, 0.0, 1.0], 400, p=[0.15, 0.6, 0.25])
         seeds = [[per_question + rng.normal(0, 0.05)] for _ in range(3)]
         for kind, some in enumerate((seeds, seeds[:1])):
             made = paired_bootstrap([[one[0].round(6)] for one in some], resamples=499)
             hits[kind] += made.interval.low <= 0.1 <= made.interval.high
-    assert 0.94 <= hits[0] / 1000 <= 0.99
-    assert hits[1] / 1000 < 0.87
+    assert 0.94 <= hits[0] / 600 <= 0.99
+    assert hits[1] / 600 < 0.87
 
 
 def test_paired_grows_with_disagreement_between_seeds():
@@ -198,10 +205,15 @@ def test_paired_grows_with_disagreement_between_seeds():
 
 
 def test_paired_refuses_what_is_not_paired():
-    with pytest.raises(ValueError, match="differ in suites or questions"):
-        paired_bootstrap([[np.zeros(3)], [np.zeros(4)]])
+    with pytest.raises(ValueError, match=r"seeds differ in questions: \[3, 4\]"):
+        suite_difference([np.zeros(3), np.zeros(4)])
+    for nothing in ([], [np.zeros(0)]):
+        with pytest.raises(ValueError, match="nothing to compare"):
+            suite_difference(nothing)
     with pytest.raises(ValueError, match="nothing to compare"):
-        paired_bootstrap([])
+        paired([])
+    with pytest.raises(ValueError, match=r"suites differ in seeds: \[1, 2\]"):
+        paired([suite_difference([np.zeros(3)]), suite_difference([np.zeros(3)] * 2)])
 
 
 def test_correlations():
