@@ -116,7 +116,8 @@ def describe(plan: Plan) -> str:
     parts = []
     for name, text in plan.files.items():
         shown = masked(text) if name == ENVIRONMENT_FILE else text
-        parts.append(f"# ===== {plan.folder / name}\n{shown}")
+        place = name if plan.place == "kubernetes" else plan.folder / name  # a manifest is not written anywhere
+        parts.append(f"# ===== {place}\n{shown}")
     if plan.place in ("slurm", "kubernetes"):
         commands = [str(submit_command(plan))]
     else:

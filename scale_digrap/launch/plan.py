@@ -175,11 +175,11 @@ def ssh(spec: LaunchConfig, host: str, remote: str) -> Command:
 
 
 def submit_command(plan: Plan) -> Command:
-    """What hands the script to Slurm or the manifest to Kubernetes."""
+    """What hands the script to Slurm, or the manifest, on its standard input, to Kubernetes."""
     if plan.place == "slurm":
         return Command(["sbatch", "--parsable", str(plan.script)])
     namespace = ["--namespace", plan.spec.kubernetes.namespace] if plan.spec.kubernetes.namespace else []
-    return Command(["kubectl", *namespace, "apply", "-f", str(plan.script)])
+    return Command(["kubectl", *namespace, "apply", "-f", "-"])
 
 
 def carried(spec: LaunchConfig, environment: Mapping[str, str]) -> dict[str, str]:

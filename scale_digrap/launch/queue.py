@@ -38,9 +38,9 @@ def submit(plan: Plan, *, follow: bool) -> int:
     return _slurm(plan, follow)
 
 
-def _client(command: Sequence[str], what: str) -> str:
+def _client(command: Sequence[str], what: str, *, given: str = "") -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CLIENT_S)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CLIENT_S, input=given)
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{what}: {command[0]} does not answer within {_CLIENT_S:g} s") from None
     if done.returncode:
@@ -111,13 +111,10 @@ def _stop_slurm(plan: Plan, job: str, states: list[str], folders: list[Path], as
 
 def _kubernetes(plan: Plan, follow: bool) -> int:
     spec = plan.spec.kubernetes
-    folder = Path.cwd() / ".scale-digrap-launch" / plan.spec.name
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / plan.script.name
-    manifest.write_text(next(iter(plan.files.values())), encoding="utf-8")
+    manifest = next(iter(plan.files.values()))  # not into run_dir, which need not be reachable from here
     namespace = ["--namespace", spec.namespace] if spec.namespace else []
     kubectl = ["kubectl", *namespace]
-    print(_client([*kubectl, "apply", "-f", str(manifest)], "kubectl refused the manifest"), end="")
+    print(_client(submit_command(plan).argv, "kubectl refused the manifest", given=manifest), end="")
     name = f"{spec.kind}/{plan.spec.name}"
     pod = f"{plan.spec.name}-{'0' if spec.kind == 'job' else 'node-0-0'}"
     print(f"watch it: {' '.join(kubectl)} get {name}; its output: pods {pod}-…")

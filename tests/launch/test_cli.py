@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -64,6 +65,19 @@ def test_what_is_refused_is_one_line(launch, arguments, spec, words):
     assert status == 2
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_port_in_use_is_refused(launch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        spec = f"rendezvous: {{port: {port}}}"
+        status, _, error = launch(f"run_dir={tmp_path}/run", "--with", "deepspeed", spec=spec)
+    assert status == 2
+    assert f"port {port} is in use" in error
+    assert "set rendezvous.port to a free one" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_refused_without_a_configuration(launch):
@@ -234,7 +248,7 @@ def test_kubernetes_is_applied_and_followed(launch, clients, tmp_path, monkeypat
     clients.add(
         "kubectl",
         """case "$*" in
-*" apply "*) cp "${@: -1}" applied.yaml; echo created ;;
+*" apply -f -") cat >applied.yaml; echo created ;;
 *" logs "*) echo "step 3" ;;
 *" get "*) [ $(grep -c ' get ' calls) -gt 2 ] && cat conditions || echo '{"status": {}}' ;;
 esac""",

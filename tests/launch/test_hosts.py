@@ -118,6 +118,18 @@ def test_every_host_is_started_with_the_same_rendezvous_and_the_environment(stag
     assert (stage.run_dir / "launch" / "environment").stat().st_mode & 0o077 == 0
 
 
+def test_deepspeed_without_ssh_is_one_start_on_every_host(stage):
+    status, _, error = stage.launch("done", "--with", "deepspeed", more="deepspeed: {launcher: no_ssh}\n")
+    assert status == 0, error
+    for rank, host in enumerate(HOSTS):
+        argv = json.loads((stage.folder / f"call.{host}").read_text())["argv"]
+        assert argv[:2] == ["-m", "deepspeed.launcher.runner"]
+        assert argv[argv.index("--no_ssh") + 1 :][:2] == ["--node_rank", str(rank)]
+        assert argv[argv.index("--master_addr") + 1] == "one"
+        hostfile = Path(argv[argv.index("--hostfile") + 1])
+        assert hostfile.read_text() == "one slots=1\ntwo slots=1\n"
+
+
 def test_a_host_that_cannot_be_reached_is_named_before_anything_starts(stage):
     stage.down.write_text("two\n")
     status, _, error = stage.launch("done")
