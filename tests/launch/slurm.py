@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,6 +154,7 @@ class Slurm:
             return False
 
         wait_until(lambda: self.state(job) == "PENDING", timeout, self.log)
+        time.sleep(2)  # a node refuses a job that it was told to forget in the same second
         wait_until(running, timeout, self.log)
 
     def log(self) -> str:

@@ -34,8 +34,13 @@ def story(cluster, run_dir: Path) -> str:
     return f"{out.read_text()[-6000:] if out.exists() else 'no output'}\n{cluster.slurm.log()}"
 
 
-def wait_for_step(cluster, run_dir: Path, step: int) -> None:
-    wait_until(lambda: steps_done(run_dir) >= step, TRAIN_S, lambda: story(cluster, run_dir))
+def wait_for_step(cluster, run_dir: Path, job: int, step: int) -> None:
+    def there() -> bool:
+        done = steps_done(run_dir) >= step
+        assert done or cluster.slurm.state(job) not in ("FAILED", "COMPLETED"), story(cluster, run_dir)
+        return done
+
+    wait_until(there, TRAIN_S, lambda: story(cluster, run_dir))
 
 
 def wait_for_try(cluster, run_dir: Path, job: int, number: int) -> None:
@@ -60,14 +65,14 @@ def test_a_signal_and_a_pre_emption_each_requeue_the_job_which_goes_on(make_clus
     cluster = make_cluster(2, slurm=True)
     slurm = cluster.slurm
     job = submit(cluster, workload, run_dir)
-    wait_for_step(cluster, run_dir, 2)
+    wait_for_step(cluster, run_dir, job, 2)
     # What --signal=B:USR2@120 sends when the time limit is near: to the script alone.
     slurm("scancel", "--batch", "--signal=USR2", str(job))
     wait_for_try(cluster, run_dir, job, 1)
     stopped_at = steps_done(run_dir)
     assert 2 <= stopped_at < STEPS, "nothing was left to go on with: the test shows nothing"
 
-    wait_for_step(cluster, run_dir, stopped_at + 2)
+    wait_for_step(cluster, run_dir, job, stopped_at + 2)
     urgent = run_dir / "urgent.sh"
     urgent.write_text("#!/bin/bash\nsleep 1\n")
     other = slurm.submit(urgent, options=["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"])
@@ -80,7 +85,7 @@ def test_a_signal_and_a_pre_emption_each_requeue_the_job_which_goes_on(make_clus
 def test_a_node_that_loses_its_power_requeues_the_job_which_goes_on(make_cluster, workload, run_dir):
     cluster = make_cluster(2, slurm=True)
     job = submit(cluster, workload, run_dir)
-    wait_for_step(cluster, run_dir, 5)
+    wait_for_step(cluster, run_dir, job, 5)
     cluster[1].power_off()
     wait_until(
         lambda: cluster.slurm.state(job) == "PENDING" and cluster.slurm.node_state(cluster[1]).startswith("DOWN"),
