@@ -37,7 +37,7 @@ from scale_digrap.evaluation.registry import load_suites
 from scale_digrap.evaluation.report import write_report
 from scale_digrap.evaluation.results import Comparison
 from scale_digrap.evaluation.runner import answer
-from scale_digrap.evaluation.runs import Method, MethodRun, environment
+from scale_digrap.evaluation.runs import Method, MethodRun, environment, read_layers
 from scale_digrap.evaluation.signals import EvaluationError, RankFailedError, Signals, StopAsked
 from scale_digrap.evaluation.suites import Suite
 from scale_digrap.evaluation.tasks import (
@@ -347,7 +347,7 @@ class _Evaluation:
             seed=variant.seed,
             suites=read_results(self._folder(variant), self.suites),
             seconds=seconds,
-            telemetry=_telemetry(variant),
+            **_layers(variant),
             fingerprint=fingerprint,
             provenance=provenance,
         )
@@ -391,22 +391,12 @@ def _check_options(section: str, values: dict[str, Any] | None, function: Any, *
             raise ConfigError(f"unknown key {f'{section}.{key}'!r}{suggest(key, known)}: it has {', '.join(known)}")
 
 
-def _telemetry(variant: Variant) -> list[dict[str, Any]]:
-    """ω and conflict rate per layer over the steps of the run, up to the checkpoint."""
-    if variant.entry.run is None:
-        return []
-    log_file = Path(variant.entry.run) / "layers.jsonl"
-    lines = log_file.read_text(encoding="utf-8").splitlines() if log_file.is_file() else []
-    kept = []
-    for line in lines:
-        entry = json.loads(line)
-        if entry["step"] <= variant.origin["step"]:
-            layers = {
-                name: {"omega": layer["omega"], "conflict_rate": layer["conflict_rate"]}
-                for name, layer in entry["layers"].items()
-            }
-            kept.append({"step": entry["step"], "layers": layers})
-    return kept
+def _layers(variant: Variant) -> dict[str, Any]:
+    """What the run's log says of its layers up to the checkpoint; nothing of mixtures, which were not trained."""
+    if variant.entry.run is None or variant.alpha != 1.0:
+        return {}
+    telemetry, drift = read_layers(Path(variant.entry.run) / "layers.jsonl", variant.origin["step"])
+    return {"telemetry": telemetry, "drift": drift}
 
 
 @contextmanager

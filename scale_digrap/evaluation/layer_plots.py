@@ -57,12 +57,15 @@ def layers_over_time(method: Method, run: MethodRun) -> Figure:
 
 
 def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
-    """‖θ − θ0‖ / ‖θ0‖ per layer at the end of training, mean over seeds, a mark per method. LoRA: ‖ΔW‖ / ‖W‖."""
+    """‖θ − θ0‖ / ‖θ0‖ per layer at the end of training, mean over seeds, a mark per method. LoRA: ‖ΔW‖ / ‖W‖. Where all
+    anchors are zero (a log of LoRA factors), ‖θ‖."""
+    layers = [layer for method in methods for run in comparison.runs_of(method.key) for layer in run.drift.values()]
+    relative = bool(finite(layer["relative_drift"] for layer in layers))
     means: dict[str, dict[str, float]] = {}
     for method in methods:
         runs = [run for run in comparison.runs_of(method.key) if run.drift]
         for name in runs[0].drift:
-            present = finite(run.drift.get(name, {}).get("relative_drift") for run in runs)
+            present = finite(run.drift.get(name, {}).get("relative_drift" if relative else "drift") for run in runs)
             if present:
                 means.setdefault(name, {})[method.key] = sum(present) / len(present)
     names, hidden = _shown(list(means))
@@ -95,11 +98,14 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
             axis.set_xscale("log")
         else:
             axis.set_xlim(left=0)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axis.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{100 * value:g} %" if relative else f"{value:g}")
+        )
         axis.grid(axis="x")
         _label_rows(axis, names, rows)
         axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.set_xlabel("‖ΔW‖ / ‖W‖" if methods[0].family == "lora" else "‖θ − θ₀‖ / ‖θ₀‖")
+        ratio = "‖ΔW‖ / ‖W‖" if methods[0].family == "lora" else "‖θ − θ₀‖ / ‖θ₀‖"
+        axis.set_xlabel(ratio if relative else "‖θ − θ₀‖")
         note = f" ({hidden} norms and biases not shown)" if hidden else ""
         axis.set_title(f"Drift from the pre-trained weights{note}")
         legend(figure, *axis.get_legend_handles_labels())

@@ -49,7 +49,8 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
             drawn[f"layers_{method.key}"] = layers_over_time(method, runs[0])
     by_family: dict[str, list[Method]] = {}
     for method in comparison.methods:
-        if any(run.drift for run in comparison.runs_of(method.key)):
+        runs = comparison.runs_of(method.key)
+        if any(layer["drift"] is not None for run in runs for layer in run.drift.values()):
             by_family.setdefault(method.family, []).append(method)
     for family, methods in by_family.items():
         drawn[f"drift_{family}"] = drift(comparison, methods)

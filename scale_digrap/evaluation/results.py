@@ -305,7 +305,13 @@ class Comparison:
         scored = [self.scores(method, name) for name in column.suites]
         unit = "/".join(sorted({"image" if one and one.clusters is not None else "question" for one in scored}))
         std = None if self.method(method).seedless else summary.std
-        return Cell(summary.mean, std, percentile_interval(means), method in self._best[column.key], unit)
+        return Cell(
+            summary.mean,
+            std,
+            percentile_interval(means),
+            len(self.methods) > 1 and method in self._best[column.key],
+            unit,
+        )
 
     def _bootstrap_means(self, method: str, suite: str) -> np.ndarray:
         """Over the units of one suite, which all seeds answer: their scores are averaged over the seeds first."""

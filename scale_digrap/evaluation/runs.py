@@ -127,6 +127,35 @@ class MethodRun:
             raise ResultsError(f"{path} is not a result file: {error}; delete it to have it made again") from error
 
 
+def read_layers(
+    path: Path, until: int | None = None
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float | None]]]:
+    """What a training run's `layers.jsonl` says for `MethodRun.telemetry` and `MethodRun.drift`.
+
+    Args:
+        path: the log; one that is not there gives nothing, as an optimizer without telemetry leaves none.
+        until: the last step to read, that of the checkpoint; the log may go on beyond it.
+
+    Returns:
+        ω and conflict rate per layer over the steps, and the drift per layer in the last of them.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = [entry for entry in map(json.loads, lines) if until is None or entry["step"] <= until]
+    telemetry = [
+        {
+            "step": entry["step"],
+            "layers": {
+                name: {key: layer[key] for key in ("omega", "conflict_rate")} for name, layer in entry["layers"].items()
+            },
+        }
+        for entry in entries
+        # methods without ω log the rest
+        if any(layer["omega"] is not None for layer in entry["layers"].values())
+    ]
+    last = entries[-1]["layers"] if entries else {}
+    return telemetry, {name: {key: layer[key] for key in ("drift", "relative_drift")} for name, layer in last.items()}
+
+
 def _suite_to_json(result: SuiteResult, folder: Path | None) -> dict[str, Any]:
     if result.predictions is None or folder is None:
         data = result.to_json()

@@ -179,11 +179,12 @@ def notes(comparison: Comparison) -> list[str]:
     cells = [cell for row in comparison.table.values() for cell in row.values() if cell]
     images = any("image" in cell.unit for cell in cells)
     result.append(f"Intervals: 95 % bootstrap over questions{', by image where they share one' * images}.")
-    result.append(
-        "Bold: the best of its column and whatever a paired 95 % interval over questions"
-        + (" and seeds" if len(seeds) > 1 else "")
-        + " does not tell apart from it."
-    )
+    if len(comparison.methods) > 1:
+        result.append(
+            "Bold: the best of its column and whatever a paired 95 % interval over questions"
+            + (" and seeds" if len(seeds) > 1 else "")
+            + " does not tell apart from it."
+        )
     titles = {suite.name: suite.heading for suite in comparison.suites}
     result += [
         f"{LEAKED} {titles.get(name, name)}: {leak_text(row)} in the training data."

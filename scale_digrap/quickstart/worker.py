@@ -7,7 +7,6 @@ mixture. Rank 0 writes each result as soon as it is complete; what is there alre
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from scale_digrap.evaluation.drift import layer_drift
 from scale_digrap.evaluation.registry import QUICKSTART
 from scale_digrap.evaluation.results import MethodRun, write_atomically
 from scale_digrap.evaluation.runner import Collator, PreparedSuites, SuiteResult, evaluate, prepare
+from scale_digrap.evaluation.runs import read_layers
 from scale_digrap.evaluation.suites import averages
 from scale_digrap.evaluation.wise import interpolate
 from scale_digrap.models.collate import VqaCollator
@@ -99,7 +99,7 @@ class Worker:
             seconds=seconds,
             training=_summary(result.history),
             drift={name: layer.to_json() for name, layer in layer_drift(model, anchors).items()},
-            telemetry=_telemetry(run_dir / "layers.jsonl") if self.engine.rank == 0 else [],
+            telemetry=read_layers(run_dir / "layers.jsonl")[0] if self.engine.rank == 0 else [],
             provenance=self._provenance(result.collator, f"{method}-seed{seed}", alpha=1.0),
         )
         self._write(run)
@@ -200,21 +200,6 @@ def _summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _telemetry(path: Path) -> list[dict[str, Any]]:
-    """ω and conflict rate per layer over the steps; empty for an optimizer without telemetry."""
-    if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        layers = {
-            name: {"omega": layer["omega"], "conflict_rate": layer["conflict_rate"]}
-            for name, layer in entry["layers"].items()
-        }
-        kept.append({"step": entry["step"], "layers": layers})
-    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

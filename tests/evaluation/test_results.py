@@ -16,9 +16,11 @@ from scipy import stats
 from scale_digrap.cli import main
 from scale_digrap.evaluation.caveats import caveats
 from scale_digrap.evaluation.compare import load
+from scale_digrap.evaluation.plots import figures
 from scale_digrap.evaluation.records import Record, SuiteResult
 from scale_digrap.evaluation.report import write_report
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, ResultsError, write_atomically
+from scale_digrap.evaluation.runs import read_layers
 from scale_digrap.evaluation.shift_accuracy import correlations
 from scale_digrap.evaluation.statistics import bootstrap_means, percentile_interval, units
 from scale_digrap.evaluation.suites import Suite
@@ -207,6 +209,28 @@ def test_what_cannot_be_compared_is_refused_or_named(folder: Path, tmp_path: Pat
     path.write_text(json.dumps(data))
     with pytest.raises(ResultsError, match="suite 'seen' is near/vision in first and near/answer in lavis"):
         load([folder, tmp_path / "lavis"])
+
+
+def test_layers_of_a_training_log(tmp_path: Path):
+    layer = {"omega": 0.5, "conflict": True, "conflict_rate": 0.25, "drift": 2.0, "relative_drift": None, "cosine": 0.1}
+    lines = [
+        {"step": step, "time": 0.0, "layers": {"a": {**layer, "drift": float(step)}, "b": layer}}
+        for step in (5, 10, 15)
+    ]
+    (tmp_path / "layers.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    telemetry, drift = read_layers(tmp_path / "layers.jsonl", 10)
+    assert [entry["step"] for entry in telemetry] == [5, 10]
+    assert telemetry[0]["layers"]["a"] == {"omega": 0.5, "conflict_rate": 0.25}
+    assert drift == {"a": {"drift": 10.0, "relative_drift": None}, "b": {"drift": 2.0, "relative_drift": None}}
+    assert len(read_layers(tmp_path / "layers.jsonl")[0]) == 3
+    assert read_layers(tmp_path / "absent.jsonl") == ([], {})
+    (tmp_path / "spd.jsonl").write_text(json.dumps({"step": 1, "layers": {"a": {**layer, "omega": None}}}))
+    assert read_layers(tmp_path / "spd.jsonl") == ([], {"a": {"drift": 2.0, "relative_drift": None}})
+
+    made = comparison()  # a log of LoRA factors, whose anchors are zero, gives absolute drifts
+    for run in made.runs:
+        run.drift = {name: {"drift": 1.5, "relative_drift": None} for name in run.drift}
+    assert {"drift_full", "drift_lora"} <= figures(made).keys()
 
 
 def test_the_command_imports_no_torch(folder: Path):
