@@ -92,13 +92,13 @@ def work(rank: int, port: int, folder: str, arguments: argparse.Namespace, resul
     dataset = ShardDataset(f"{folder}/suite.tar")
     suite = Suite(name="suite", group="id", shift="none", shards=(f"{folder}/suite.tar",))
     settings = generation_settings({"max_new_tokens": arguments.max_new_tokens})
-    made = 0
 
-    def ours(world: int) -> list[str]:
-        nonlocal made
-        made += 1
-        files = PredictionFiles(Path(folder) / f"{world}-{made}", "suite")
-        files.begin({})
+    def ours(world: int, repeat: int) -> list[str]:
+        files = PredictionFiles(Path(folder) / f"{world}-{repeat}", "suite")
+        if rank == 0:
+            files.begin({})
+        if world > 1:
+            dist.barrier()
         task = Task(suite, dataset, files, 1, np.arange(len(dataset)))
         answer(
             model, collator, [task], signals=lambda lockstep: Signals(rank, world, lockstep=lockstep),
@@ -113,16 +113,16 @@ def work(rank: int, port: int, folder: str, arguments: argparse.Namespace, resul
         return plain_loop(model, collator, dataset, suite.metric, settings, arguments.batch_size, device)
 
     if rank == 0:
-        assert plain() == ours(1), "the runner and the plain loop answer differently"
+        assert plain() == ours(1, -1), "the runner and the plain loop answer differently"
     rows = []
     for repeat in range(arguments.repeats):
         row = {}
         if rank == 0:
-            turns = [("plain", plain), ("runner", lambda: ours(1))]
+            turns = [("plain", plain), ("runner", lambda repeat=repeat: ours(1, repeat))]
             for name, turn in turns if repeat % 2 else turns[::-1]:
                 row[name] = timed(turn)
         dist.barrier()
-        wall, cpu = timed(lambda: ours(2))
+        wall, cpu = timed(lambda repeat=repeat: ours(2, repeat))
         shared = torch.tensor([wall, cpu], dtype=torch.float64)
         both = [torch.empty_like(shared) for _ in range(2)]
         dist.all_gather(both, shared)
@@ -164,9 +164,11 @@ def main() -> None:
         ranks = [context.Process(target=work, args=(r, port, folder, arguments, results)) for r in range(2)]
         for process in ranks:
             process.start()
-        rows = results.get()
         for process in ranks:
             process.join()
+        if any(process.exitcode for process in ranks):
+            raise SystemExit("a rank failed")
+        rows = results.get()
     n = arguments.questions
     print(
         f"{arguments.model}, {n} questions, batches of {arguments.batch_size}, {arguments.max_new_tokens} new tokens, "
