@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from scale_digrap.config import load_config, validate_for_training
+from scale_digrap.evaluation.evaluate_config import load_evaluate_config
 from scale_digrap.training import train
 from tests.models import tiny
 from tests.models.conftest import checkpoint  # noqa: F401
@@ -22,7 +23,18 @@ FAMILY = {
 
 
 def test_all_are_covered():
-    assert sorted(FAMILY) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    training = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("evaluate_")}
+    assert set(FAMILY) == training
+
+
+def test_evaluations_are_of_the_runs_that_the_other_files_make():
+    runs = {load_config(FOLDER / f"{name}.yaml").run_dir for name in FAMILY}
+    files = sorted(FOLDER.glob("evaluate_*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        config = load_evaluate_config(file)
+        assert {entry.run for entry in config.models.values() if entry.run is not None} <= runs
+        assert config.baseline in config.models
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ from scale_digrap.models.loading import (
 )
 from scale_digrap.training import export, manifest
 from scale_digrap.training.engine import CheckpointError, Engine, create_engine, short
+from scale_digrap.training.fingerprint import weights_fingerprint
 from scale_digrap.training.ranks import Ranks
 from scale_digrap.zero_config import ZeroConfig
 
@@ -245,6 +246,7 @@ def loaded(
         max_length=variant.max_length,
     )
     found = engine.load(config, train=False)
+    _check_base(variant, found)
     mixed = variant.alpha != 1.0 and variant.entry.run is None
     try:
         with interpolate(found.model, variant.alpha) if mixed else nullcontext(found.model):
@@ -252,6 +254,22 @@ def loaded(
     finally:
         engine.close()
         del found
+
+
+def _check_base(variant: Variant, found: LoadedModel) -> None:
+    """An adapter's run does not hold the base's weights: those that are here must be those it began with. Collective.
+
+    A whole model's are compared by the export.
+    """
+    expected = variant.origin.get("base_fingerprint")
+    if expected is None:
+        return
+    base = ((name, p) for name, p in found.model.named_parameters() if name not in found.adapters)
+    if weights_fingerprint(base) != expected:
+        raise CheckpointError(
+            f"models.{variant.name}: {found.path!r} has other weights than the base that {variant.entry.run} began "
+            f"with: name the right one in models.{variant.name}.base"
+        )
 
 
 def _export_options(entry: ModelEntry, alpha: float) -> dict[str, Any]:
@@ -274,6 +292,9 @@ def _of_run(entry: ModelEntry) -> _Source:
         "trained_on": {"engine": meta.engine, "ranks": meta.ranks},
         "adapter": adapter,
     }
+    continued = adapter_base(resolve_path(model.path)) is not None
+    if adapter and not continued and not planned.config.lora.train:  # else trained copies of base weights are among it
+        origin["base_fingerprint"] = meta.base
     return _Source(
         template=template_of(model),
         max_length=model.max_length,

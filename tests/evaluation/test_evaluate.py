@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_every_engine_and_number_of_ranks_writes_the_same_files(dist_pool, folde
     run_evaluation(overrides(folder, "one", another=rows["base"], **rows))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert predictions(folder / "one")["another-seed0/id.jsonl"] == one["base-seed0/id.jsonl"]
+    # another base than the adapter was trained on
+    other = shutil.copytree(base, folder / "other-base")
+    tensors = load_file(other / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("mlp.down_proj.weight"))
+    save_file({**tensors, name: 1.1 * tensors[name]}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ScaleDigrapError, match="has other weights than the base"):
+        run_evaluation(overrides(folder, "other", lora=f"{{run: {folder / 'lora'}, base: {other}}}"))
     # and with other settings it is refused
     with pytest.raises(ScaleDigrapError, match=r"generation.max_new_tokens: 3 → 4.*name another folder"):
         run_evaluation(overrides(folder, "one", "generation.max_new_tokens=4", **rows))
