@@ -118,6 +118,10 @@ def describe(plan: Plan) -> str:
         shown = masked(text) if name == ENVIRONMENT_FILE else text
         place = name if plan.place == "kubernetes" else plan.folder / name  # a manifest is not written anywhere
         parts.append(f"# ===== {place}\n{shown}")
+    if plan.launcher == "deepspeed" and "hostfile" not in plan.files:
+        parts.append(
+            f"# ===== {plan.folder / 'hostfile'}\n# a line per host: NAME slots=GPUS, or 2 where it has none\n"
+        )
     if plan.place in ("slurm", "kubernetes"):
         commands = [str(submit_command(plan))]
     else:

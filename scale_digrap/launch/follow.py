@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOG = "log.jsonl"
+SETTLE_S = 5.0
+"""A shared file system may show files so late."""
 _LINE_EVERY_S = 30.0
 _TAIL_BYTES = 65536
 _SHOWN_LINES = 15
@@ -61,13 +63,13 @@ def newer(path: Path, stamp: Path) -> bool:
         return False
 
 
-def outcome(run_dir: Path, stamp: Path, *, patience_s: float = 5.0) -> Outcome:
+def outcome(run_dir: Path, stamp: Path) -> Outcome:
     """How the run ended. A shared file system may show its markers late: they are waited for.
 
     Args:
         stamp: of this start; markers that are older are another start's.
     """
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + SETTLE_S
     while True:
         for name, kind in (("DONE", "done"), ("STOPPED", "stopped")):
             if newer(run_dir / name, stamp):

@@ -77,7 +77,7 @@ def _slurm(plan: Plan, follow: bool) -> int:
             time.sleep(0.2)
     progress.close()
     if seeds:
-        done = [folder.name for folder in folders if outcome(folder, stamp, patience_s=5.0).kind == "done"]
+        done = [folder.name for folder in folders if outcome(folder, stamp).kind == "done"]
         print(f"{len(done)} of {len(seeds)} seeds are done: {', '.join(done) or 'none'}")
         if len(done) == len(seeds):
             return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scale_digrap.cli import main
-from scale_digrap.launch import queue
+from scale_digrap.launch import follow, queue
 from tests.launch.golden_files import CONFIG, ROOT, SHIPPED
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -172,6 +172,7 @@ class Clients:
         self.folder.mkdir()
         monkeypatch.setenv("PATH", f"{self.folder}:{os.environ['PATH']}")
         monkeypatch.setattr(queue, "_POLL_S", 0.05)
+        monkeypatch.setattr(follow, "SETTLE_S", 0)
 
     def add(self, name: str, script: str) -> None:
         path = self.folder / name

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from scale_digrap.launch import follow
 from scale_digrap.launch.follow import Progress, diagnose, last_line, outcome, start_stamp
 
 
@@ -36,17 +37,18 @@ def test_progress_is_that_of_this_start(tmp_path):
     assert progress.text().startswith("step 50/1000")
 
 
-def test_only_markers_of_this_start_count(tmp_path):
+def test_only_markers_of_this_start_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "SETTLE_S", 0)
     (tmp_path / "DONE").write_text('{"step": 1}')
     time.sleep(0.01)
     stamp = start_stamp(tmp_path / "launch")
-    assert outcome(tmp_path, stamp, patience_s=0).kind == "failed"
+    assert outcome(tmp_path, stamp).kind == "failed"
     time.sleep(0.01)
     (tmp_path / "STOPPED").write_text('{"step": 7, "reason": "SIGTERM"}')
-    stopped = outcome(tmp_path, stamp, patience_s=0)
+    stopped = outcome(tmp_path, stamp)
     assert (stopped.kind, stopped.entry["step"]) == ("stopped", 7)
     (tmp_path / "DONE").write_text("not JSON")
-    assert outcome(tmp_path, stamp, patience_s=0).kind == "done"
+    assert outcome(tmp_path, stamp).kind == "done"
 
 
 def write(path: Path, text: str, age_s: float = 0) -> Path:

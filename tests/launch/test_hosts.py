@@ -71,12 +71,13 @@ class Stage:
         self.down.touch()
         monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
         monkeypatch.setenv("HF_HOME", "/hf")
+        monkeypatch.setenv("SETTLE", "0")
 
     def launch(self, mode: str, *words: str, more: str = "") -> tuple[int, str, str]:
         spec = self.folder / "spec.yaml"
         spec.write_text(
             f"name: job\nnodes: 2\nhosts: [{', '.join(HOSTS)}]\npython: {self.folder}/python\nprocesses_per_node: 1\n"
-            f"stop_within_s: 20\n{more}"
+            f"stop_within_s: 20\ncarry: [HF_HOME, SETTLE]\n{more}"
         )
         (self.folder / "mode").write_text(mode)
         arguments = ["launch", QUICKSTART, f"run_dir={self.run_dir}", "--on", "hosts", "--spec", str(spec), *words]

@@ -165,7 +165,7 @@ def test_a_pod_ends_with_the_status_that_its_failure_policy_expects(tmp_path, mo
     workload = Workload("train", config, (f"run_dir={tmp_path / 'run'}", *overrides), tmp_path / "run", "")
     manifest = tmp_path / "job.yaml"
     manifest.write_text(render("kubernetes/job.yaml", spec, workload))
-    env = os.environ | {"HOSTNAME": "pods-0", "JOB_COMPLETION_INDEX": "0"}
+    env = os.environ | {"HOSTNAME": "pods-0", "JOB_COMPLETION_INDEX": "0", "SETTLE": "0"}
     pod = subprocess.Popen(["bash", "-c", pod_script(manifest)], env=env, stderr=subprocess.PIPE, text=True)
     if mode == "wait":
         while not (tmp_path / "run" / "up").exists():

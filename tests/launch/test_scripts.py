@@ -56,7 +56,7 @@ class Stage:
         python.chmod(0o755)
 
     def start(self, script: str, *overrides: str, mode: str, **environment: str) -> subprocess.Popen[str]:
-        settings = {"PYTHON": str(self.folder / "python"), "MODE": mode, "NODES": "1", "PROCESSES": "3"}
+        settings = {"PYTHON": str(self.folder / "python"), "MODE": mode, "NODES": "1", "PROCESSES": "3", "SETTLE": "1"}
         command = ["bash", str(SHIPPED / script), CONFIG, f"run_dir={self.run_dir}", *overrides]
         return subprocess.Popen(
             command, env=os.environ | settings | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

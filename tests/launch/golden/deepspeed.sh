@@ -163,7 +163,7 @@ on_signal() {
 finish() {  # STATUS of the launcher
   [ "$COMMAND" != quickstart ] || exit "$1"
   local waited
-  for waited in 0 1 2 3 4 5; do  # a shared file system may show them late
+  for ((waited = 0; waited <= ${SETTLE:-5}; waited++)); do  # seconds that a shared file system may show them late
     [ "$waited" -eq 0 ] || sleep 1
     if [ "$RUN_DIR/DONE" -nt "$STARTED" ]; then
       echo "$RUN_DIR: done"
