@@ -1,4 +1,4 @@
-"""The command line: ``scale-digrap train | evaluate | report | quickstart | shards | checkpoint | export``.
+"""The command line: ``scale-digrap train | evaluate | report | quickstart | launch | shards | checkpoint | export``.
 
 A subcommand imports what it needs when it runs, so that ``--help`` answers at once. Errors of the package's own are one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
