@@ -61,25 +61,48 @@ def test_hosts_by_ssh_stop_on_ctrl_c_and_go_on(make_cluster, workload, run_dir, 
     workload.check(run_dir)
 
 
+def stage(folder: Path, *runs: Path) -> str:
+    """A stand-in for Python that says at once that the runs are done; the launch file that names it."""
+    for run in runs:
+        (run / "state").mkdir(parents=True)
+        for name, value in (("mode", "done"), ("step", "0")):
+            (run / "state" / name).write_text(f"{value}\n")
+    python = folder / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return f"name: queued\nnodes: 2\npython: {python}\nprocesses_per_node: 1\n"
+
+
 def test_slurm_is_submitted_and_followed(make_cluster, tmp_path):
     cluster = make_cluster(2, slurm=True)
     run = tmp_path / "run"
-    (run / "state").mkdir(parents=True)
-    for name, value in (("mode", "done"), ("step", "0")):
-        (run / "state" / name).write_text(f"{value}\n")
-    python = tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    text = f"name: queued\nnodes: 2\npython: {python}\nprocesses_per_node: 1\n"
+    text = stage(tmp_path, run)
     words = [f"run_dir={run}", "--on", "slurm"]
     refused = cluster.control.run([*LAUNCH, *words, *spec(tmp_path, f"{text}slurm: {{partition: none}}")], cwd=ROOT)
     assert refused.returncode == 2
     assert "sbatch refused the job" in refused.stdout
     assert "invalid partition" in refused.stdout.lower()
-    done = cluster.control.run(
-        [*LAUNCH, *words, *spec(tmp_path, f"{text}slurm: {{partition: low}}")], timeout=120, cwd=ROOT
-    )
+    command = [*LAUNCH, *words, *spec(tmp_path, f"{text}slurm: {{partition: low}}")]
+    done = cluster.control.run(command, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "submitted as job" in done.stdout
     assert f"{run}: done" in done.stdout
     assert len((run / "state" / "agents").read_text().splitlines()) == 2
+
+
+def test_an_array_of_seeds_is_one_run_each(make_cluster, tmp_path):
+    cluster = make_cluster(2, slurm=True)
+    run = tmp_path / "run"
+    text = stage(tmp_path, run, *(run / f"seed-{seed}" for seed in (3, 5)))
+    words = [f"run_dir={run}", "--on", "slurm"]
+    command = [*LAUNCH, *words, *spec(tmp_path, f"{text}slurm: {{partition: low, array_seeds: [3, 5]}}")]
+    done = cluster.control.run(command, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "2 of 2 seeds are done: seed-3, seed-5" in done.stdout
+    ports = set()
+    for seed in (3, 5):
+        agents = (run / f"seed-{seed}" / "state" / "agents").read_text().splitlines()
+        assert len(agents) == 2
+        assert all(line.endswith(f" run_dir={run}/seed-{seed} training.seed={seed}") for line in agents)
+        ports |= {word for line in agents for word in line.split() if word.startswith("--rdzv-endpoint=")}
+    assert len(ports) == 2
