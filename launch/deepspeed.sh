@@ -178,10 +178,12 @@ finish() {  # STATUS of the launcher
   exit "$(($1 > 0 ? $1 : 1))"
 }
 
-STATUS=0
-if [ "$PREFLIGHT" = 1 ]; then
-  preflight || exit 2
-fi
-deepspeed || STATUS=$?
-[ "$RUN_DIR/DONE" -nt "$STARTED" ] || end_ranks "$STOP_WITHIN"
-finish "$STATUS"
+{  # read to its end before the run begins: this file may be edited while it runs
+  STATUS=0
+  if [ "$PREFLIGHT" = 1 ]; then
+    preflight || exit 2
+  fi
+  deepspeed || STATUS=$?
+  [ "$RUN_DIR/DONE" -nt "$STARTED" ] || end_ranks "$STOP_WITHIN"
+  finish "$STATUS"
+}

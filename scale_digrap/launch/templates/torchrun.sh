@@ -77,13 +77,15 @@ kill_run() { "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within 0; 
 
 {% include "result.sh" %}
 
-STATUS=0
-if [ "$COMMAND" = quickstart ]; then  # starts ranks itself
-  supervise "$PYTHON" -m scale_digrap quickstart "${OVERRIDES[@]}" || STATUS=$?
+{  # read to its end before the run begins: this file may be edited while it runs
+  STATUS=0
+  if [ "$COMMAND" = quickstart ]; then  # starts ranks itself
+    supervise "$PYTHON" -m scale_digrap quickstart "${OVERRIDES[@]}" || STATUS=$?
+    finish "$STATUS"
+  fi
+  if [ "$PREFLIGHT" = 1 ]; then
+    RESTARTS=0 torchrun .check 1 scale_digrap.launch.preflight "$CONFIG" "${OVERRIDES[@]}" || exit 2
+  fi
+  torchrun "" "$PROCESSES" scale_digrap "$COMMAND" "$CONFIG" "${OVERRIDES[@]}" || STATUS=$?
   finish "$STATUS"
-fi
-if [ "$PREFLIGHT" = 1 ]; then
-  RESTARTS=0 torchrun .check 1 scale_digrap.launch.preflight "$CONFIG" "${OVERRIDES[@]}" || exit 2
-fi
-torchrun "" "$PROCESSES" scale_digrap "$COMMAND" "$CONFIG" "${OVERRIDES[@]}" || STATUS=$?
-finish "$STATUS"
+}

@@ -135,13 +135,15 @@ finish() {  # STATUS of the launcher
   exit "$(($1 > 0 ? $1 : 1))"
 }
 
-STATUS=0
-if [ "$COMMAND" = quickstart ]; then  # starts ranks itself
-  supervise "$PYTHON" -m scale_digrap quickstart "${OVERRIDES[@]}" || STATUS=$?
+{  # read to its end before the run begins: this file may be edited while it runs
+  STATUS=0
+  if [ "$COMMAND" = quickstart ]; then  # starts ranks itself
+    supervise "$PYTHON" -m scale_digrap quickstart "${OVERRIDES[@]}" || STATUS=$?
+    finish "$STATUS"
+  fi
+  if [ "$PREFLIGHT" = 1 ]; then
+    RESTARTS=0 torchrun .check 1 scale_digrap.launch.preflight "$CONFIG" "${OVERRIDES[@]}" || exit 2
+  fi
+  torchrun "" "$PROCESSES" scale_digrap "$COMMAND" "$CONFIG" "${OVERRIDES[@]}" || STATUS=$?
   finish "$STATUS"
-fi
-if [ "$PREFLIGHT" = 1 ]; then
-  RESTARTS=0 torchrun .check 1 scale_digrap.launch.preflight "$CONFIG" "${OVERRIDES[@]}" || exit 2
-fi
-torchrun "" "$PROCESSES" scale_digrap "$COMMAND" "$CONFIG" "${OVERRIDES[@]}" || STATUS=$?
-finish "$STATUS"
+}
