@@ -27,9 +27,19 @@ def leaks(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def leak_text(row: dict[str, Any]) -> str:
-    """ "1,234 of 5,000 questions (24.7 %): question id 1,000, …"."""
-    kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in row["matches"].items() if count)
-    return f"{row['leaked']:,} of {row['questions']:,} questions ({100 * row['fraction']:.1f} %; {kinds or 'no match'})"
+    """ "1,234 of 5,000 questions are in the training data (24.7 %: question id 1,000); 8 of 5,000 have …"."""
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ')} {count:,}"
+        for kind, count in row["matches"].items()
+        if count and kind != "near_image"
+    )
+    near = row["matches"].get("near_image", 0)
+    alike = f"{near:,} of {row['questions']:,} have an image that looks like one of its"
+    if not row["leaked"]:
+        return f"no question is in the training data, but {alike}"
+    text = f"{row['leaked']:,} of {row['questions']:,} questions are in the training data"
+    text += f" ({100 * row['fraction']:.1f} %: {kinds})"
+    return f"{text}; {alike}" if near else text
 
 
 def metrics(comparison: Comparison, suite: str | None = None) -> list[str]:
@@ -80,8 +90,8 @@ def _leakage(comparison: Comparison) -> list[Caveat]:
     found = [
         Caveat(
             bool(row["marked"]),
-            "Leak" if row["marked"] else "Overlap",
-            f"{titles.get(name, name)}: {leak_text(row)} are in the training data.",
+            ("Leak" if row["leaked"] else "Similar images") if row["marked"] else "Overlap",
+            f"{titles.get(name, name)}: {leak_text(row)}.",
         )
         for name, row in leaks(comparison).items()
     ]

@@ -152,8 +152,8 @@ def html(comparison: Comparison, images: Mapping[str, str], correlations: Mappin
 def _subtitle(comparison: Comparison) -> str:
     seeds = comparison.seeds
     parts = [
-        f"{len(comparison.methods)} methods, {len(comparison.suites)} suites",
-        f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}",
+        f"{_count(len(comparison.methods), 'method')}, {_count(len(comparison.suites), 'suite')}",
+        _count(len(seeds), "seed"),
         f"scored by {', '.join(metrics(comparison)) or 'nothing yet'}",
     ]
     if comparison.environment.get("commit"):
@@ -161,6 +161,10 @@ def _subtitle(comparison: Comparison) -> str:
     if comparison.environment.get("machine"):
         parts.append(str(comparison.environment["machine"]))
     return " · ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _caveats(comparison: Comparison) -> str:
@@ -219,9 +223,10 @@ def _figure(name: str, image: str, comparison: Comparison) -> str:
 def _caption(name: str, comparison: Comparison) -> str:
     several = len(comparison.seeds) > 1
     spread = "standard deviation over seeds" if several else "95 % bootstrap intervals over questions"
+    hatched = " Hatched: WiSE-FT mixtures." if any(method.variant_of for method in comparison.methods) else ""
     texts = {
-        "accuracy": f"Score per suite. Error bars: {spread}. Hatched: WiSE-FT mixtures.",
-        "groups": f"In distribution, near and far out of it. Error bars: {spread}.",
+        "accuracy": f"Score per suite. Error bars: {spread}.{hatched}",
+        "groups": f"In distribution, near and far out of it. Error bars: {spread}.{hatched}",
         "id_ood": "In distribution against out of it, with 95 % bootstrap intervals. Up and right is better. Hollow: "
         "WiSE-FT mixtures, joined to the models that they lie between.",
         "wise": "WiSE-FT: α is the weight of the fine-tuned model. Bands: 95 % bootstrap intervals.",

@@ -125,7 +125,8 @@ def accuracy(comparison: Comparison, columns: list[Column], title: str) -> Figur
 
 def id_against_ood(comparison: Comparison, columns: list[Column]) -> Figure | None:
     """Score in distribution against each group out of it, a point per method with 95 % intervals both ways. WiSE-FT
-    mixtures are joined to the two models that they lie between. None without figures for both axes."""
+    mixtures are joined to the two models that they lie between. None without figures for both axes or
+    for a single method."""
     across = next((column for column in columns if column.group == "id"), None)
     panels = [column for column in columns if column.group in ("near", "far", "ood") and across is not None]
     table = comparison.table
@@ -134,7 +135,7 @@ def id_against_ood(comparison: Comparison, columns: list[Column]) -> Figure | No
         for column in panels
         if any(row[column.key] and row[across.key] for row in table.values())  # type: ignore[union-attr]
     ]
-    if across is None or not panels:
+    if across is None or not panels or len(comparison.methods) < 2:
         return None
     colours, marks = method_colours(comparison.methods), markers(comparison.methods)
     with rc_context(STYLE):
@@ -263,8 +264,9 @@ def shift_against_accuracy(comparison: Comparison) -> Figure | None:
             found = correlate([x for _, x, _ in points], [y for _, _, y in points])
             axis.set_title(f"{space.capitalize()} embedding")
             if found:
-                text = f"{shown.label}: r = {found.pearson:+.2f} ({p_text(found.pearson_p)}), {found.n} suites"
-                axis.text(0.02, 0.02, text.replace("-", "−"), transform=axis.transAxes, fontsize=7.5, color=MUTED)
+                r = f"{found.pearson:+.2f}".replace("-", "−")
+                text = f"{shown.label}: r = {r} ({p_text(found.pearson_p)}), {found.n} suites"
+                axis.text(0.02, 0.02, text, transform=axis.transAxes, fontsize=7.5, color=MUTED)
             axis.grid()
             axis.set_xlabel("Mahalanobis distance to the training set")
         axes[0].set_ylabel(_score_label(comparison))
@@ -278,12 +280,16 @@ def _label_points(axis: Axes, places: dict[str, tuple[float, float]]) -> None:
     axis.margins(x=0.14, y=0.14)
     axis.autoscale_view()
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    taken: list[tuple[float, float, float]] = []
-    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
-        across, up, half = (x - left) / (right - left), (y - low) / (high - low) + 0.025, 0.012 * len(name)
-        while any(abs(across - other) < half + wide and abs(up - level) < 0.035 for other, level, wide in taken):
-            up += 0.035
-        taken.append((across, up, half))
+    points = {name: ((x - left) / (right - left), (y - low) / (high - low)) for name, (x, y) in places.items()}
+    # what is in the way: centre, half width and how near it may come
+    taken = [(across, up, 0.015, 0.022) for across, up in points.values()]
+    for name, (across, point) in sorted(points.items(), key=lambda item: item[1][1]):
+        up, half = point + 0.025, 0.012 * len(name)
+        while any(
+            abs(across - x) < half + wide and abs(up + 0.01 - y) < near for x, y, wide, near in taken if y != point
+        ):
+            up += 0.01
+        taken.append((across, up + 0.01, half, 0.035))
         axis.text(across, up, name, transform=axis.transAxes, ha="center", fontsize=7, color=MUTED)
 
 

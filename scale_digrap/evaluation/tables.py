@@ -170,7 +170,8 @@ def csv_table(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """How to read the table."""
-    seeds = comparison.seeds
+    trained = {method.key for method in comparison.methods if not method.seedless}
+    seeds = sorted({run.seed for run in comparison.runs if run.method in trained})
     result = [f"Scores in %, by {', '.join(metrics(comparison)) or 'no scorer yet'}."]
     if len(seeds) > 1:
         result.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.")
@@ -186,10 +187,7 @@ def notes(comparison: Comparison) -> list[str]:
             + " does not tell apart from it."
         )
     titles = {suite.name: suite.heading for suite in comparison.suites}
-    result += [
-        f"{LEAKED} {titles.get(name, name)}: {leak_text(row)} in the training data."
-        for name, row in leaks(comparison).items()
-    ]
+    result += [f"{LEAKED} {titles.get(name, name)}: {leak_text(row)}." for name, row in leaks(comparison).items()]
     incomplete = [
         method.label
         for method in comparison.methods

@@ -242,7 +242,8 @@ def test_warnings_come_first():
         "Leak", "Different scorers", "Different prompts", "Not compared", "Excluded questions", "No paired difference",
         "One seed", "Uncommitted changes",
     ]  # fmt: skip
-    assert "Vision: 50 of 200 questions (25.0 %; question id 50, question and image 40)" in found["Leak"].text
+    expected = "Vision: 50 of 200 questions are in the training data (25.0 %: question id 50, question and image 40)."
+    assert found["Leak"].text == expected
     assert "ID: 3 (no answers)" in found["Excluded questions"].text
     assert "vqa/lavis for DiGraP" in found["Different scorers"].text
     assert '"Question: {question} Answer:"} for DiGraP' in found["Different prompts"].text
