@@ -98,7 +98,7 @@ def make_plan(
     """
     if place == "local":
         python = sys.executable if spec.python == "python" else spec.python
-        spec = replace(spec, nodes="1", hosts=[], hostfile=None, python=python)
+        spec = replace(spec, nodes="1", hosts=[], hostfile=None, workdir=None, python=python)
     hosts = _hosts(spec) if place == "hosts" else ()
     _check(spec, workload, place, launcher, hosts)
     if workload.command == "quickstart" and spec.processes_per_node != "auto":
@@ -244,7 +244,7 @@ def _check(spec: LaunchConfig, workload: Workload, place: str, launcher: str, ho
         raise LaunchError(
             f"--on kubernetes: {workload.config} is a relative path: set workdir to a folder of the image or a volume"
         )
-    if (most > 1 or place == "kubernetes") and not workload.run_dir.is_absolute():
+    if (most > 1 or place == "kubernetes" or spec.workdir) and not workload.run_dir.is_absolute():
         key = "out" if workload.command == "evaluate" else "run_dir"
         raise LaunchError(
             f"{key}={workload.run_dir} is a relative path, which need not be one folder for all hosts: write an "

@@ -45,6 +45,7 @@ def launch(tmp_path, capsys, monkeypatch):
         (["--on", "hosts"], "hosts: [a, b]", "nodes: 1, but 2 hosts are named (a, b)"),
         (["--on", "hosts"], "nodes: 2\nhosts: [a, b]", "run_dir=runs/paligemma-vqav2-lora is a relative path"),
         (["--on", "hosts"], "hostfile: /no/such", "cannot read /no/such"),
+        (["--on", "hosts"], "hosts: [a]\nworkdir: /elsewhere", "run_dir=runs/paligemma-vqav2-lora is a relative path"),
         (["--on", "slurm"], "nodes: 1", "slurm.partition is missing"),
         (["--on", "slurm", "--with", "deepspeed"], "slurm: {partition: a}", "use --with torchrun"),
         (["--on", "kubernetes", "--with", "deepspeed"], "", "use --with torchrun"),
