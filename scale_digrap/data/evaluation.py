@@ -135,6 +135,10 @@ class EvalLoader:
             )
             raise DataError(f"the evaluation has received {what}: its result would be wrong. Did all ranks finish?")
 
+    def close(self) -> None:
+        """End the loader processes; the next iteration starts new ones."""
+        self._feeder.close()
+
     def _indices(self, look_ahead: bool = False) -> Iterator[list[int]]:
         """This rank's sample indices, batch by batch; -1 fills up."""
         for number in range(len(self)):

@@ -72,6 +72,7 @@ class Batches:
             fill_up=fill_up,
         )
         self.verify_coverage = self._loader.verify_coverage
+        self.close = self._loader.close
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -301,6 +301,8 @@ def _run(
                     progress(item.suite.name, done, len(item.batches))
                 signals.check(number)
             item.seconds = time.perf_counter() - started
+            if isinstance(item.batches, Batches):
+                item.batches.close()  # ten suites would leave ten sets of loader processes
         signals.finish()
 
 

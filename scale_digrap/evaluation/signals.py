@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _GRACE_S = 5.0
+_PATIENCE_S = 10.0
 _evaluations = itertools.count()
 
 
@@ -92,7 +94,7 @@ class Signals:
         if world_size > 1:
             self._prefix = f"evaluation/{next(_evaluations)}"
             self._store = dist.PrefixStore(self._prefix, c10d._get_default_store())
-            for name in ("answered", "finished"):
+            for name in ("answered", "finished", "seen", "left"):
                 self._store.add(name, 0)
 
     def __enter__(self) -> Signals:
@@ -103,10 +105,22 @@ class Signals:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._store is not None:
-            time.sleep(2 * _POLL_S)  # the store may end with this process: the others must have read it
+            with suppress(RuntimeError):  # the store has ended
+                self._say_goodbye(kind)
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+
+    def _say_goodbye(self, kind: type[BaseException]) -> None:
+        """The store may end with this process: the others must have read it, and may still be in a long batch."""
+        self._store.add("left", 1)
+        if self._message is None:
+            return
+        stopping = kind is StopAsked
+        name, patience = ("left", self._timeout_s) if stopping and self._rank == 0 else ("seen", _PATIENCE_S)
+        deadline = time.monotonic() + patience
+        while int(self._store.get(name)) < self._world_size and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 5)
 
     def post(self, message: Message) -> Message:
         """Leave a message for all ranks; returns the one that counts, which is the first."""
@@ -170,7 +184,8 @@ class Signals:
         message: Message | None = None
         while not self._end.wait(_POLL_S):
             try:
-                message = message or self._read(store)
+                if message is None and (message := self._read(store)) is not None:
+                    store.add("seen", 1)
                 if self._progress is not None:
                     self._progress(int(store.get("answered")))
             except RuntimeError as error:

@@ -92,13 +92,13 @@ def fail_in_generation(rank: int) -> None:
 
 
 def take_time(rank: int) -> None:
-    """Every batch takes a while."""
+    """Every batch takes a while, and much longer on rank 1."""
     from scale_digrap.evaluation.predictions import PartWriter
 
     write = PartWriter.write
 
     def slow(self, records):
-        time.sleep(0.3)
+        time.sleep(1.5 if rank == 1 else 0.3)
         write(self, records)
 
     PartWriter.write = slow  # type: ignore[method-assign]
@@ -142,19 +142,22 @@ def test_one_ranks_exception_ends_all_with_that_error(folder: Path, whole, engin
 
 
 @pytest.mark.distributed
-def test_a_signal_to_one_rank_stops_all_after_their_batch(folder: Path, whole):
-    stopped = launch(folder, "stopped", "engine.name=fsdp", "batch_size=2", prepare=take_time)
-    stopped.wait_until(lambda: len(answered(folder, "stopped")) >= 4)
-    stopped.kill(1, signal.SIGTERM)
+@pytest.mark.parametrize(("engine", "rank"), [("fsdp", 1), ("replicated", 0)])
+def test_a_signal_to_one_rank_stops_all_after_their_batch(folder: Path, whole, engine: str, rank: int):
+    """Also where rank 0, whose process holds the store, is through with its batch long before the other."""
+    out = f"stopped-{engine}"
+    stopped = launch(folder, out, f"engine.name={engine}", "batch_size=2", prepare=take_time)
+    stopped.wait_until(lambda: len(answered(folder, out)) >= 4)
+    stopped.kill(rank, signal.SIGTERM)
     assert stopped.wait() == [75, 75], stopped.output()
     assert "the same command goes on from there" in stopped.output()
-    assert json.loads((folder / "stopped" / "STOPPED").read_text())["reason"] == "SIGTERM"
-    there = answered(folder, "stopped")
+    assert json.loads((folder / out / "STOPPED").read_text())["reason"] == "SIGTERM"
+    there = answered(folder, out)
     assert 4 <= len(there) < sum(evaluations.COUNTS.values())
-    run_evaluation(arguments(folder, "stopped"))
-    assert predictions(folder / "stopped") == whole
-    assert not (folder / "stopped" / "STOPPED").exists()
-    assert (folder / "stopped" / "DONE").exists()
+    run_evaluation(arguments(folder, out))
+    assert predictions(folder / out) == whole
+    assert not (folder / out / "STOPPED").exists()
+    assert (folder / out / "DONE").exists()
 
 
 def test_files_of_predictions(tmp_path: Path):
