@@ -77,7 +77,7 @@ class Slurm:
         AssertionError: the nodes do not come up.
     """
 
-    def __init__(self, cluster: Cluster, *, gpus: int = 1, grace_s: int = 30) -> None:
+    def __init__(self, cluster: Cluster, *, gpus: int = 2, grace_s: int = 30) -> None:
         self._cluster = cluster
         self._folder = folder = cluster.folder / "slurm"
         (folder / "state").mkdir(parents=True)

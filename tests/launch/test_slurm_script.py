@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.launch.cluster import Cluster, wait_until
 from tests.launch.workload import CONFIG, ROOT
 
@@ -20,8 +18,6 @@ case "$*" in
   *"launch.node config"*) echo "$run" ;;
   *"launch.node step"*) cat "$4/state/step" ;;
   *torch.distributed.run*)
-    this="try ${SLURM_RESTART_COUNT:-0} $(hostname) gpu $CUDA_VISIBLE_DEVICES logs $PET_LOG_DIR"
-    echo "$this: $*" >>"$run/state/agents"
     stopped() {
       cat "$run/state/step.next" >"$run/state/step"
       echo "{\\"reason\\": \\"$1\\"}" >"$run/STOPPED"
@@ -29,6 +25,8 @@ case "$*" in
     }
     trap 'stopped SIGUSR2' USR2
     trap 'stopped SIGTERM' TERM
+    this="try ${SLURM_RESTART_COUNT:-0} $(hostname) gpu $CUDA_VISIBLE_DEVICES logs $PET_LOG_DIR"
+    echo "$this: $*" >>"$run/state/agents"
     case $(cat "$run/state/mode") in
       done) echo '{}' >"$run/DONE" ;;
       idle) stopped "SIGTERM" ;;
@@ -108,8 +106,10 @@ def test_a_signal_before_the_time_limit_requeues_and_the_next_try_is_done(make_c
     assert "from step 8" in job.output()
 
 
-def test_tries_without_a_newer_checkpoint_are_given_up(make_cluster, tmp_path):
-    job = Job(make_cluster(2, slurm=True), tmp_path, "idle", MAX_IDLE_TRIES="2")
+def test_tries_without_a_newer_checkpoint_are_given_up_and_failures_not_repeated(make_cluster, tmp_path):
+    cluster = make_cluster(2, slurm=True)
+    fails = Job(cluster, tmp_path / "fails", "fail")  # side by side: it takes a while to be sure that nothing comes
+    job = Job(cluster, tmp_path / "idle", "idle", MAX_IDLE_TRIES="2")
     job.requeued(1)
     job.requeued(2)
     assert job.wait_for("COMPLETED", "FAILED") == "FAILED", job.story()
@@ -117,11 +117,14 @@ def test_tries_without_a_newer_checkpoint_are_given_up(make_cluster, tmp_path):
     assert job.agents(1)
     assert not job.agents(2)
 
+    assert fails.wait_for("COMPLETED", "FAILED") == "FAILED", fails.story()
+    assert cluster.slurm.job(fails.id)["Restarts"] == "0"
+    assert "neither DONE nor STOPPED was written: it failed" in fails.output()
 
-@pytest.mark.parametrize(("mode", "code"), [("file", "75:0"), ("fail", "1:0")])
-def test_what_is_not_to_be_repeated_is_not_requeued(make_cluster, tmp_path, mode, code):
-    job = Job(make_cluster(2, slurm=True), tmp_path, mode)
+
+def test_a_run_that_was_stopped_for_good_is_not_requeued(make_cluster, tmp_path):
+    job = Job(make_cluster(2, slurm=True), tmp_path, "file")
     assert job.wait_for("COMPLETED", "FAILED") == "FAILED", job.story()
-    assert job.slurm.job(job.id)["Restarts"] == "0"
-    exit_code = job.slurm.job(job.id)["ExitCode"]
-    assert exit_code == code if mode == "file" else exit_code != "0:0"
+    fields = job.slurm.job(job.id)
+    assert (fields["Restarts"], fields["ExitCode"]) == ("0", "75:0")
+    assert "stopped for good" in job.output()
