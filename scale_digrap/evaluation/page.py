@@ -9,6 +9,7 @@ from typing import Any
 
 from scale_digrap.evaluation.caveats import caveats, leaks, metrics
 from scale_digrap.evaluation.results import Column, Comparison
+from scale_digrap.evaluation.shift_accuracy import SPACES
 from scale_digrap.evaluation.tables import (
     DIFFERENCES_NOTE,
     LEAKED,
@@ -275,7 +276,7 @@ def _shift(comparison: Comparison) -> str:
     body = []
     for name, suite in comparison.shift["suites"].items():
         cells = []
-        for space in ("image", "question", "joint"):
+        for space in SPACES:
             found = suite[space]
             text = "–" if found is None else f"{found['mean']:.2f}"
             spread = "" if found is None else f"{found['quantiles']['0.05']:.1f} to {found['quantiles']['0.95']:.1f}"

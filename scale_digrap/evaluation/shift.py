@@ -27,11 +27,11 @@ from scale_digrap.evaluation.batches import Batches, Collator, OpenShards, Prepa
 from scale_digrap.evaluation.gaussian import Mahalanobis, ShiftError, StreamingGaussian
 from scale_digrap.evaluation.generation import generating, is_sharded
 from scale_digrap.evaluation.runs import write_atomically
+from scale_digrap.evaluation.shift_accuracy import SPACES
 from scale_digrap.evaluation.suites import Suite
 
 __all__ = ["SPACES", "Embedder", "Embeddings", "Mahalanobis", "ShiftError", "ShiftReport", "StreamingGaussian"]
 
-SPACES = ("image", "question", "joint")
 SCHEMA = 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -15,6 +15,7 @@ from scale_digrap.evaluation.runs import ResultsError
 from scale_digrap.evaluation.statistics import auroc, correlate
 
 SPACES = ("image", "question", "joint")
+"""The embeddings that distances are measured in, see `shift`."""
 
 
 def suite_points(comparison: Comparison, method: str, space: str) -> list[tuple[str, float, float]]:
