@@ -72,8 +72,8 @@ def test_a_worker_dies_then_a_host_which_is_replaced(make_cluster, workload, run
 def test_a_silent_partition_is_noticed_after_the_timeout(make_cluster, workload, run_dir):
     cluster = make_cluster(2)
     node0, node1 = cluster.hosts
-    limit = 15.0
-    overrides = workload.overrides(run_dir, f"training.timeout_s={limit}", "training.stall_s=10")
+    limit = 10.0
+    overrides = workload.overrides(run_dir, f"training.timeout_s={limit}", "training.stall_s=6")
     runs = torchrun([node0, node1], overrides, NODES="1:2", RESTARTS="9")
     wait_for_step(run_dir, 5, runs)
     before = ranks(node0)
