@@ -1,13 +1,14 @@
 """`scale-digrap evaluate`'s runner against a plain `model.generate` loop, on one rank and on two.
 
-    python benchmarks/evaluation.py [--repeats 7] [--questions 384] [--batch-size 32] [--model PATH] [--device cpu]
+    python benchmarks/evaluation.py [--repeats 9] [--questions 384] [--batch-size 32] [--model PATH] [--device cpu]
 
 The plain loop is what one would write: read the samples, collate, `generate`, decode, score, keep in a list. The runner
 does the same and proves that every question came once, writes each batch to disk before the next, counts for the
-progress bar and listens for the other ranks. Both have the same model, samples, batches and settings, and take turns in
-one process; a ratio is the median over the repeats of neighbouring turns. CPU time is that of the process with all its
-threads, which a busy machine disturbs less than wall time. Two ranks each have a whole model (`engine.name=replicated`)
-and share the questions. Predictions are compared.
+progress bar and listens for the other ranks. Both have the same model, samples, batches and settings. They take turns
+batch by batch in one process, so that the machine's noise meets both; a ratio is the median over neighbouring batches.
+What comes once a suite (its folder, merging, reading the result) is timed apart. CPU time is that of the process with
+all its threads, which a busy machine disturbs less than wall time. Two ranks each have a whole model
+(`engine.name=replicated`) and share the questions. Predictions are compared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +60,18 @@ def write_shards(folder: Path, count: int) -> str:
     return str(folder / "suite.tar")
 
 
-def plain_loop(model, collator, dataset, metric: str, settings: dict, batch_size: int, device) -> list[str]:
-    """The loop that the runner is measured against."""
+def plain_loop(model, collator, dataset, metric: str, settings: dict, batch_size: int, device) -> Iterator[list[str]]:
+    """The loop that the runner is measured against; gives the answers of a batch at a time."""
     score = scorer(metric)
     kept = []
-    with torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
+    for start in range(0, len(dataset), batch_size):
+        with torch.no_grad():
             samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             inputs = {name: value.to(device) for name, value in collator.generate(samples).items()}
             tokens = model.generate(**inputs, **settings, pad_token_id=collator.pad_id)
             texts = collator.decode(tokens, inputs["input_ids"].shape[1])
             kept += [(text, score(text, s.answers)) for text, s in zip(texts, samples, strict=True)]
-    return [text for text, _ in kept]
+        yield texts
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:
@@ -93,7 +94,7 @@ def work(rank: int, port: int, folder: str, arguments: argparse.Namespace, resul
     suite = Suite(name="suite", group="id", shift="none", shards=(f"{folder}/suite.tar",))
     settings = generation_settings({"max_new_tokens": arguments.max_new_tokens})
 
-    def ours(world: int, repeat: int) -> list[str]:
+    def ours(world: int, repeat: int, after_batch: Callable[[], None] | None = None) -> list[str]:
         files = PredictionFiles(Path(folder) / f"{world}-{repeat}", "suite")
         if rank == 0:
             files.begin({})
@@ -103,49 +104,60 @@ def work(rank: int, port: int, folder: str, arguments: argparse.Namespace, resul
         answer(
             model, collator, [task], signals=lambda lockstep: Signals(rank, world, lockstep=lockstep),
             dp_rank=rank, dp_world_size=world, device=device, batch_size=arguments.batch_size, generation=settings,
+            progress=None if after_batch is None else lambda *_: after_batch(),
         )  # fmt: skip
         if rank:
             return []
         files.merge(len(dataset))
         return [record.prediction for record in read_predictions(files.merged)]
 
-    def plain() -> list[str]:
-        return plain_loop(model, collator, dataset, suite.metric, settings, arguments.batch_size, device)
+    def by_turns(repeat: int) -> dict:
+        """Batches of the runner, and after each the same one of the plain loop."""
+        pairs, answers = [], []
+        batches = plain_loop(model, collator, dataset, suite.metric, settings, arguments.batch_size, device)
+        mark = [time.perf_counter(), time.process_time()]
 
-    if rank == 0:
-        assert plain() == ours(1, -1), "the runner and the plain loop answer differently"
+        def after_batch() -> None:
+            runner = (time.perf_counter() - mark[0], time.process_time() - mark[1])
+            pairs.append((runner, timed(lambda: answers.extend(next(batches)))))
+            mark[:] = time.perf_counter(), time.process_time()
+
+        wall, cpu = timed(lambda: answers.append(ours(1, repeat, after_batch)))
+        assert answers.pop() == answers, "the runner and the plain loop answer differently"
+        once = []
+        for column, total in enumerate((wall, cpu)):
+            first, *rest = [runner[column] for runner, _ in pairs]  # the first one's time holds part of what comes once
+            once.append(total - sum(part[column] for pair in pairs for part in pair) + first - statistics.median(rest))
+        return {"pairs": pairs[1:], "once": once}
+
     rows = []
-    for repeat in range(arguments.repeats):
-        row = {}
+    for repeat in range(-1, arguments.repeats):
+        row = by_turns(repeat) if rank == 0 else {}
+        dist.barrier()
         if rank == 0:
-            turns = [("plain", plain), ("runner", lambda repeat=repeat: ours(1, repeat))]
-            for name, turn in turns if repeat % 2 else turns[::-1]:
-                row[name] = timed(turn)
+            row["one"] = timed(lambda repeat=repeat: ours(1, repeat + 10_000))
         dist.barrier()
         wall, cpu = timed(lambda repeat=repeat: ours(2, repeat))
         shared = torch.tensor([wall, cpu], dtype=torch.float64)
         both = [torch.empty_like(shared) for _ in range(2)]
         dist.all_gather(both, shared)
         row["two"] = (max(float(b[0]) for b in both), sum(float(b[1]) for b in both))
-        rows.append(row)
+        if repeat >= 0:  # the one before warms up
+            rows.append(row)
         dist.barrier()
     if rank == 0:
         results.put(rows)
     dist.destroy_process_group()
 
 
-def median(rows: list[dict], name: str, column: int) -> float:
-    return statistics.median(row[name][column] for row in rows)
-
-
-def ratio(rows: list[dict], over: str, under: str, column: int) -> str:
-    values = sorted(row[over][column] / row[under][column] for row in rows)
-    return f"{statistics.median(values):.3f} ({values[0]:.2f} to {values[-1]:.2f})"
+def spread(values: list[float]) -> str:
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):.3f} (quartiles {low:.2f}, {high:.2f}; {len(values)} pairs)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--questions", type=int, default=384)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=8)
@@ -174,15 +186,21 @@ def main() -> None:
         f"{arguments.model}, {n} questions, batches of {arguments.batch_size}, {arguments.max_new_tokens} new tokens, "
         f"{arguments.repeats} repeats, {os.cpu_count()} cores, {arguments.threads} thread per rank, {arguments.device}"
     )
+    pairs = [pair for row in rows for pair in row["pairs"]]
+    size = arguments.batch_size
     print(f"{'':24}{'samples/s':>10}{'CPU ms/sample':>15}")
-    for name, title in (("plain", "plain loop"), ("runner", "runner, one rank"), ("two", "runner, two ranks")):
-        print(f"{title:24}{n / median(rows, name, 0):10.1f}{1000 * median(rows, name, 1) / n:15.2f}")
-    print("median ratios of neighbouring turns (smallest to largest):")
-    print(f"  speed of the runner / plain loop, one rank, wall: {ratio(rows, 'plain', 'runner', 0)}, target 0.97")
-    print(f"  speed of the runner / plain loop, one rank, CPU:  {ratio(rows, 'plain', 'runner', 1)}")
-    halves = [{"one": row["runner"], "two": (2 * row["two"][0], row["two"][1])} for row in rows]
-    print(f"  parallel efficiency from one rank to two, wall:   {ratio(halves, 'one', 'two', 0)}")
-    print(f"  CPU time of one rank / of two together:           {ratio(halves, 'one', 'two', 1)}")
+    for title, turn in (("plain loop", 1), ("runner, one rank", 0)):
+        wall, cpu = (statistics.median(pair[turn][column] for pair in pairs) for column in range(2))
+        print(f"{title:24}{size / wall:10.1f}{1000 * cpu / size:15.2f}")
+    wall, cpu = (1000 * statistics.median(row["once"][column] for row in rows) for column in range(2))
+    print(f"once a suite: {wall:.0f} ms, {cpu:.0f} ms of CPU")
+    for column, kind, target in ((0, "wall", ", target 0.97"), (1, "CPU", "")):
+        ratios = [pair[1][column] / pair[0][column] for pair in pairs]
+        print(f"speed of the runner / plain loop, one rank, {kind + ':':5} {spread(ratios)}{target}")
+    wall = [row["one"][0] / (2 * row["two"][0]) for row in rows]
+    cpu = [row["one"][1] / row["two"][1] for row in rows]
+    print(f"parallel efficiency from one rank to two, wall:   {spread(wall)}")
+    print(f"CPU time of one rank / of two together:           {spread(cpu)}")
 
 
 if __name__ == "__main__":
