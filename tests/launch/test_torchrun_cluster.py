@@ -16,7 +16,7 @@ from tests.launch.workload import TRAIN_S, outputs, ranks, torchrun, wait_for_st
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1500)]
 
 
-def test_fsdp_trains_and_evaluates_on_two_hosts_after_a_preflight(make_cluster, workload, run_dir):
+def test_fsdp_trains_and_evaluates_on_two_hosts_after_a_preflight(make_cluster, workload, run_dir, tmp_path):
     cluster = make_cluster(2)
     suite = f"evaluation.suites={{id: {{shards: [{','.join(map(str, workload.suite))}]}}}}"
     runs = torchrun(cluster.hosts, [*workload.overrides(run_dir), suite], PREFLIGHT="1")
@@ -28,6 +28,16 @@ def test_fsdp_trains_and_evaluates_on_two_hosts_after_a_preflight(make_cluster, 
     assert 0 <= summary["evaluation"]["id"] <= 1
     assert json.loads((run_dir / "evaluation" / "id.json").read_text())
     assert {path.name for path in (run_dir / "logs").iterdir()} >= {"node0", "node1"}
+
+    config, out = tmp_path / "evaluate.yaml", tmp_path / "evaluation"
+    config.write_text(
+        f"suites: {{set: quickstart, folder: {workload.suites}}}\nmodels: {{tiny: {{run: {run_dir}}}}}\n"
+        "batch_size: 8\ngeneration: {max_new_tokens: 4}\n"
+    )
+    runs = torchrun(cluster.hosts, [f"out={out}", "engine.device=cpu"], config, COMMAND="evaluate")
+    assert [run.wait(TRAIN_S) for run in runs] == [0, 0], outputs(runs)
+    assert (out / "DONE").is_file()
+    assert (out / "results.json").is_file()
 
 
 def test_zero_2_trains_on_two_hosts(make_cluster, workload, run_dir):

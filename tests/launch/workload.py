@@ -36,6 +36,7 @@ class Workload:
         built = data.build(folder / "data", train_samples=128, suite_samples=8)
         self.train, self.suite = built.train, built.suites["id"]
         self._folder = folder
+        self.suites = folder / "data" / "suites"
         self._undisturbed: list[float] | None = None
 
     def overrides(self, run_dir: Path, *more: str) -> list[str]:
@@ -77,7 +78,7 @@ class Workload:
         return self._undisturbed
 
 
-def torchrun(hosts: Sequence[Host], overrides: Sequence[str], **settings: str) -> list[Running]:
+def torchrun(hosts: Sequence[Host], overrides: Sequence[str], config: Path = CONFIG, **settings: str) -> list[Running]:
     """``launch/torchrun.sh`` with one rank on each of some hosts, which meet at the first."""
     environment = {
         "NODES": str(len(hosts)),
@@ -89,7 +90,7 @@ def torchrun(hosts: Sequence[Host], overrides: Sequence[str], **settings: str) -
         "RDZV_CONF": QUICK_RENDEZVOUS,
         **settings,
     }
-    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), str(CONFIG), *overrides]
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), str(config), *overrides]
     return [host.popen(command, environment) for host in hosts]
 
 
