@@ -42,6 +42,17 @@ def leak_text(row: dict[str, Any]) -> str:
     return f"{text}; {alike}" if near else text
 
 
+def leakage_text(leakage: dict[str, Any]) -> str:
+    """What the leakage check has found in all suites together."""
+    rows, train = leakage["rows"], leakage.get("train", {})
+    questions, leaked = sum(row["questions"] for row in rows), sum(row["leaked"] for row in rows)
+    near = sum(row["matches"].get("near_image", 0) for row in rows)
+    return (
+        f"Leakage: {leaked:,} of {questions:,} questions are among the {train.get('questions', 0):,} of the training "
+        f"data, by id, text or picture; {near:,} have a picture that looks like one of its."
+    )
+
+
 def metrics(comparison: Comparison, suite: str | None = None) -> list[str]:
     """The scorers used, of one suite or of all."""
     found = (

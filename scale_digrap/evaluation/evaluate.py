@@ -359,6 +359,7 @@ class _Evaluation:
             "questions": sum(map(len, self.datasets.values())),
             "ranks": self.ranks.world_size,
             "engine": self.engine_name,
+            "config": asdict(self.config),
         }
 
     def _fingerprint(self) -> str:

@@ -289,6 +289,7 @@ def _of_run(entry: ModelEntry) -> _Source:
         "sha256": digest,
         "base": model.path,
         "optimizer": meta.optimizer,
+        "trained_as": meta.config,
         "trained_on": {"engine": meta.engine, "ranks": meta.ranks},
         "adapter": adapter,
     }

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scale_digrap.evaluation.caveats import caveats, leak_text, leaks, metrics
+from scale_digrap.evaluation.caveats import caveats, leak_text, leakage_text, leaks, metrics
 from scale_digrap.evaluation.results import Cell, Column, Comparison, Method
 from scale_digrap.evaluation.statistics import Interval, Paired
 
@@ -186,6 +186,8 @@ def notes(comparison: Comparison) -> list[str]:
             + (" and seeds" if len(seeds) > 1 else "")
             + " does not tell apart from it."
         )
+    if comparison.leakage is not None:
+        result.append(leakage_text(comparison.leakage))
     titles = {suite.name: suite.heading for suite in comparison.suites}
     result += [f"{LEAKED} {titles.get(name, name)}: {leak_text(row)}." for name, row in leaks(comparison).items()]
     incomplete = [

@@ -82,6 +82,8 @@ def test_every_engine_and_number_of_ranks_writes_the_same_files(dist_pool, folde
     provenance = json.loads((folder / "one" / "runs" / f"lora-wise-{ALPHA}-seed0.json").read_text())["provenance"]
     assert provenance["alpha"] == ALPHA
     assert provenance["step"] == 2
+    assert provenance["trained_as"]["lora"]["enabled"]
+    assert set(results["settings"]["config"]["models"]) == set(rows)
     assert provenance["template"]["prompt"] == "{question}"
     assert provenance["generation"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 3}
 

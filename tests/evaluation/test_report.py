@@ -249,6 +249,7 @@ def test_warnings_come_first():
     assert '"Question: {question} Answer:"} for DiGraP' in found["Different prompts"].text
     table = markdown_table(made)
     assert table.index("> **Leak.**") < table.index("| Method")
+    assert "Leakage: " in table
     assert "| Vision† |" in table
     assert "Near OOD (mean of 4)†" in table
     assert "| Far |" in table
