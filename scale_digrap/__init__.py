@@ -7,15 +7,16 @@ __version__ = "0.1.0"
 
 # Imported on first use: `scale-digrap --help` and the data tools must not pay for torch.
 _EXPORTS = {
+    "AdamFTP": "scale_digrap.optim",
     "AdamL2SP": "scale_digrap.optim",
     "AdamSPD": "scale_digrap.optim",
     "DiGraP": "scale_digrap.optim",
     "LayerStats": "scale_digrap.optim",
 }
-__all__ = ["AdamL2SP", "AdamSPD", "DiGraP", "LayerStats", "__version__"]
+__all__ = ["AdamFTP", "AdamL2SP", "AdamSPD", "DiGraP", "LayerStats", "__version__"]
 
 if TYPE_CHECKING:
-    from scale_digrap.optim import AdamL2SP, AdamSPD, DiGraP, LayerStats
+    from scale_digrap.optim import AdamFTP, AdamL2SP, AdamSPD, DiGraP, LayerStats
 
 
 def __getattr__(name: str) -> Any:

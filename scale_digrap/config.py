@@ -161,7 +161,8 @@ class OptimizerConfig:
     """DiGraP, one of its siblings, or AdamW. A method ignores the others' options."""
 
     name: str = "digrap"
-    """``digrap``, ``spd`` (selective projection decay), ``l2sp`` (penalty on the distance) or ``adamw``."""
+    """``digrap``, ``ftp`` (fast trainable projection), ``spd`` (selective projection decay), ``l2sp`` (penalty on the
+    distance) or ``adamw``."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -192,6 +193,12 @@ class OptimizerConfig:
 
     project_when: str = "conflict"
     """``conflict`` (the descent direction leads away from the anchor) or ``agree``."""
+
+    gamma_lr: float = 1e-2
+    """Learning rate μ of FTP's radius γ."""
+
+    gamma_k: float = 1.0
+    """k of ``ftp`` in [0, 1], the weight of what tightens the constraint; 1 is the strongest."""
 
     anchor: str = "auto"
     """``initial`` (the pre-trained weights), ``zero``, ``none`` (plain AdamW), or ``auto``: ``zero`` for LoRA adapters,
@@ -430,7 +437,7 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer.name": ("digrap", "spd", "l2sp", "adamw"),
+    "optimizer.name": ("digrap", "ftp", "spd", "l2sp", "adamw"),
     "optimizer.normalization": ("row", "tensor"),
     "optimizer.project_when": ("conflict", "agree"),
     "optimizer.anchor": ("auto", "initial", "zero", "none"),
@@ -582,6 +589,8 @@ def validate(config: Config) -> None:
         _check_range(config, key, low=0)
     _check_range(config, "checkpoint.keep", low=1)
     _check_range(config, "optimizer.weight_decay", low=0.0)
+    _check_range(config, "optimizer.gamma_lr", low=0.0)
+    _check_range(config, "optimizer.gamma_k", low=0.0, high=1.0)
     if config.optimizer.strength is not None:
         _check_range(config, "optimizer.strength", low=0.0)
         if config.optimizer.name not in ("spd", "l2sp"):

@@ -52,7 +52,7 @@ def test_suites_are_typed(tmp_path):
         ("training.batch_size=many", ["training.batch_size", "many"]),
         ("training=3", ["training is a section", "batch_size"]),
         ("optimizer.strength=0.1", ["optimizer.strength", "spd and l2sp", "optimizer.name is digrap"]),
-        ("optimizer.name=adam", ["optimizer.name", "digrap, spd, l2sp, adamw", "did you mean 'adamw'"]),
+        ("optimizer.name=adam", ["optimizer.name", "digrap, ftp, spd, l2sp, adamw", "did you mean 'adamw'"]),
         ("sharding.engine=zero", ["sharding.engine", "fsdp, deepspeed", "zero"]),
         ("sharding.zero.stage=3", ["sharding.zero.stage", "sharding.engine=fsdp", "sharding.engine=deepspeed"]),
         ("optimizer.lr=-1", ["optimizer.lr", "greater than 0", "-1"]),

@@ -129,6 +129,11 @@ def _collect_anchors(files: list[Path]) -> dict[str, Tensor]:
         if own is None:
             continue  # another optimizer: nothing to add
         _check_fragments(path, own["pieces"], zero.get("param_slice_mappings"))
+        if any("direction" in values for values in state["state"].values()):
+            raise DeepSpeedError(
+                f"{path} is of an optimizer that keeps more than DeepSpeed's converter carries (AdamFTP): use "
+                "scale_digrap.deepspeed.save_portable"
+            )
         for name, (number, start, numel, offset) in own["pieces"].items():
             anchor = state["state"][number].get("anchor")
             if anchor is not None and numel:

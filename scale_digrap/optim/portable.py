@@ -238,7 +238,7 @@ class PortableState:
 
 def _is_number(key: str) -> bool:
     """State of a 0-d parameter looks like a number; the moments and the anchor are not."""
-    return key not in ("exp_avg", "exp_avg_sq", "anchor", "momentum_buffer")
+    return key not in ("exp_avg", "exp_avg_sq", "anchor", "direction", "momentum_buffer")
 
 
 def open_portable(folder: str | Path) -> tuple[dcp.FileSystemReader, Metadata]:

@@ -217,6 +217,14 @@ class ShardLayout:
         row_sums.copy_(packed[sums.numel() :].view_as(row_sums))
 
     @torch.no_grad()
+    def max_(self, values: Tensor) -> None:
+        """The largest of all ranks' values, in place, with one all-reduce; float64 ``[n_layers]``."""
+        if self.world_size > 1:
+            gathered = values.to(self.comm_device)
+            dist.all_reduce(gathered, op=dist.ReduceOp.MAX, group=self.process_group)
+            values.copy_(gathered)
+
+    @torch.no_grad()
     def any_(self, flags: Tensor) -> None:
         """Make a bool tensor true wherever any rank's is, in place; for set-up, not for steps."""
         if self.world_size > 1:

@@ -346,8 +346,9 @@ class ZeroLayout(ShardLayout):
                 dtype = self._anchor_dtypes.setdefault(k, anchor.dtype)
                 if anchor.dtype != dtype:
                     anchor = own["anchor"] = anchor.to(dtype)
-            tensors = (flat, own["exp_avg"], own["exp_avg_sq"], anchor)
-            storages.append([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+            # Whatever a method keeps per element: moments, anchor, FTP's direction.
+            kept = [own[key] for key in sorted(own) if isinstance(own[key], Tensor) and own[key].shape == flat.shape]
+            storages.append([tensor.data_ptr() for tensor in (flat, *kept)])
         changed, self._storages = storages != self._storages, storages
         return changed
 

@@ -51,8 +51,10 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         # On a CPU, torch's default for sharded parameters is a Python loop, ten times slower than its fused kernel.
         fused = named[0][1].device.type in ("cpu", "cuda")
         return torch.optim.AdamW(named, fused=fused or None, **common)
-    from scale_digrap import AdamL2SP, AdamSPD, DiGraP
+    from scale_digrap import AdamFTP, AdamL2SP, AdamSPD, DiGraP
 
+    if config.name == "ftp":
+        return AdamFTP(groups, gamma_lr=config.gamma_lr, k=config.gamma_k, anchor_dtype=config.anchor_dtype, **common)
     if config.name in ("spd", "l2sp"):
         method = AdamSPD if config.name == "spd" else AdamL2SP
         if config.strength is not None:

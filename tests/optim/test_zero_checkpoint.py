@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import scale_digrap.deepspeed as sdds
+from scale_digrap import AdamFTP
 from scale_digrap.deepspeed import DeepSpeedError
 from scale_digrap.optim.portable import PortableStateError, load_portable, save_portable
 from tests.optim.sharded_problem import Net, full, learning_rate, make_optimizer, shard, targets
@@ -241,6 +242,9 @@ def save_for_refusals(folder: str) -> None:
         train(engine, 0, 1)
         engine.save_checkpoint(f"{folder}/{name}", tag="one")
     sdds.save_portable(engine, f"{folder}/portable")
+    engine, _ = make_engine(config_for({"stage": 2}), method=AdamFTP)
+    train(engine, 0, 1)
+    engine.save_checkpoint(f"{folder}/ftp", tag="one")
 
 
 def refuse_on_three(folder: str) -> None:
@@ -281,6 +285,8 @@ def test_refusals(dist_pool, tmp_path):
     dist_pool(3).run(refuse_on_three, str(tmp_path))
     with pytest.raises(DeepSpeedError, match="wrong with round_robin_gradients"):
         sdds.to_universal(tmp_path / "rr" / "one", tmp_path / "out")
+    with pytest.raises(DeepSpeedError, match=r"AdamFTP.*save_portable"):
+        sdds.to_universal(tmp_path / "ftp" / "one", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(DeepSpeedError, match="holds no ZeRO optimizer states"):
         sdds.to_universal(tmp_path / "rr", tmp_path / "out")

@@ -41,7 +41,7 @@ def test_saved_on_two_ranks_goes_on_on_two_and_on_one(dist_pool, checkpoint, sha
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("optimizer", ["adamw", "digrap"])
+@pytest.mark.parametrize("optimizer", ["adamw", "digrap", "ftp"])
 def test_between_engines_and_ranks(dist_pool, checkpoint, shards, tmp_path, optimizer):
     """Two ranks → four → one → four → two → four, through FSDP2 and ZeRO-1, 2 and 3: the same run throughout."""
     model, options = checkpoint("paligemma"), {"optimizer": {"name": optimizer, "weight_decay": 0.01}}
@@ -72,7 +72,7 @@ def test_between_engines_and_ranks(dist_pool, checkpoint, shards, tmp_path, opti
     assert len(losses) == 7, "the log goes on in the same file"
     assert losses == pytest.approx(whole["loss"], rel=2e-4)
     start = runs.initial(model)
-    tolerance = (2e-3 if optimizer == "digrap" else 1e-4) * runs.travelled(whole, start)
+    tolerance = (1e-4 if optimizer == "adamw" else 2e-3) * runs.travelled(whole, start)
     assert runs.distance(result["parameters"], whole["parameters"]) < tolerance
 
 

@@ -122,7 +122,7 @@ def test_anchors_are_the_pretrained_weights(checkpoint, shards, tmp_path):
             )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "digrap", "spd", "l2sp"])
+@pytest.mark.parametrize("optimizer", ["adamw", "digrap", "ftp", "spd", "l2sp"])
 def test_resumed_equals_uninterrupted(checkpoint, shards, tmp_path, optimizer):
     options = {
         "optimizer": {"name": optimizer, "lr": 1e-2},

@@ -87,6 +87,7 @@ OPTIONS = {
         {"model": {"new_layers": ["multi_modal_projector"]}, "optimizer": {"name": "digrap"}},
     ),
     "all-ranks-load": ([{**zero(3), "load_sharded": False}], {}),
+    "ftp": (STAGES[1:], {"optimizer": {"name": "ftp"}}),
     "spd": (STAGES[1:], {"optimizer": {"name": "spd", "strength": 1.0}}),
 }
 
