@@ -83,6 +83,9 @@ class AnchoredOptimizer(Optimizer):
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         if not group["weight_decay"] >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        for key in self.defaults:
+            if (key == "strength" or key.endswith("_lr")) and not group[key] >= 0.0:
+                raise ValueError(f"Invalid {key}: {group[key]} (must be at least 0)")
         if group["anchor"] not in (*ANCHORS, _MAPPING, None):
             raise ValueError(f"Invalid anchor: {group['anchor']!r} (use 'initial', 'zero', a mapping or None)")
         if group["anchor_dtype"] not in ANCHOR_DTYPES:

@@ -116,8 +116,6 @@ class DiGraP(LayerwiseAdamW):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        if not group["omega_lr"] >= 0.0:
-            raise ValueError(f"Invalid omega_lr: {group['omega_lr']} (must be at least 0)")
         if not 0.0 <= group["omega_max"] <= 1.0:
             raise ValueError(f"Invalid omega_max: {group['omega_max']} (must be in [0, 1])")
         for key, values in (("normalization", ("row", "tensor")), ("project_when", ("conflict", "agree"))):

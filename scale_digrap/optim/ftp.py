@@ -80,8 +80,6 @@ class AdamFTP(LayerwiseAdamW):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        if not group["gamma_lr"] >= 0.0:
-            raise ValueError(f"Invalid gamma_lr: {group['gamma_lr']} (must be at least 0)")
         if not 0.0 <= group["k"] <= 1.0:
             raise ValueError(f"Invalid k: {group['k']} (must be in [0, 1])")
 

@@ -56,11 +56,6 @@ class AdamL2SP(LayerwiseAdamW):
         }
         super().__init__(params, defaults, process_group)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        super()._check_group(group)
-        if not group["strength"] >= 0.0:
-            raise ValueError(f"Invalid strength: {group['strength']} (must be at least 0)")
-
     def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
         """−λ as the scale of δ in the gradient."""
         live = sums[HAS_GRAD] > 0

@@ -63,11 +63,6 @@ class AdamSPD(LayerwiseAdamW):
         }
         super().__init__(params, defaults, process_group)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        super()._check_group(group)
-        if not group["strength"] >= 0.0:
-            raise ValueError(f"Invalid strength: {group['strength']} (must be at least 0)")
-
     def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
         """Which layers are selected."""
         live = sums[HAS_GRAD] > 0
