@@ -1,0 +1,61 @@
+"""Text and JSON from outside: one set of rules."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from scale_digrap.runtime import text
+from scale_digrap.runtime.text import TextError
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, bom):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(bom + "tür\nhaus\n".encode())
+    assert text.read_text(path).split() == ["tür", "haus"]
+    path.write_bytes(bom + b'{"a": [1, 2.5e3, "x"]}')
+    assert text.read_json(path) == {"a": [1, 2500.0, "x"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b'{"a": NaN}', "NaN"),
+        (b"[Infinity]", "Infinity"),
+        (b"[-Infinity]", "Infinity"),
+        (b"[1e999]", "1e999"),
+        (b"[" * 100_000 + b"]" * 100_000, "deeper than 64"),
+        (b'{"a":' * 70 + b"1" + b"}" * 70, "deeper than 64"),
+        (b"\xff\xfe{\x00}\x00", "UTF-16"),
+        (b'"\xe9"', "offset 1"),
+        (b"{", "not JSON"),
+        (b"1" * 5000, "digits"),
+    ],
+)
+def test_what_is_no_plain_value_is_refused_by_name(data, why):
+    with pytest.raises(TextError, match=why) as caught:
+        text.parse_json(data, "some/file.json")
+    assert "some/file.json" in str(caught.value)
+
+
+def test_brackets_in_strings_do_not_nest():
+    value = {"question": "[" * 500 + '\\"{'}
+    assert text.parse_json(json.dumps(value), "x") == value
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "big"
+    with open(path, "wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(TextError, match=r"larger than 1,000 bytes"):
+        text.read_text(path, limit=1000)
+
+
+def test_printable_text_and_lines():
+    assert text.printable("a\x1b[31mb\ud83d\nü😀") == "a\\x1b[31mb\\ud83d\nü😀"
+    assert text.one_line(ValueError("a\n  b\x07")) == "ValueError: a b\\x07"
+    assert len(text.one_line("x" * 1000)) == 500
+    assert text.has_surrogates("a\ud83d")
+    assert not text.has_surrogates("😀")
