@@ -1,1 +1,1 @@
-"""What every room uses: text and files from outside, secrets, files written whole. Imports nothing of ours but errors."""
+"""What every room uses: text and files from outside, secrets, whole writes. Imports nothing of ours but errors."""
