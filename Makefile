@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Test processes side by side. Half of a test's time is waiting for ranks, so two fit on two cores; JOBS=0 runs in one.
+JOBS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -17,10 +19,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/scale-digrap quickstart $(ARGS)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not distributed" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not distributed" $(ARGS)
 
 # Programs that the launch tests put on their hosts, and a browser for the report's test: installed as root with apt,
 # else named. Without them those tests are skipped, with the reason.

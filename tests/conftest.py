@@ -18,6 +18,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=12, help="how many randomised kills of tests/training/test_kill.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on one worker when the suite is spread over several (``make test`` takes two).
+
+    A file stays together, since its tests share what its fixtures make. The tests on hosts stay together too: they
+    watch time-outs, and two clusters at a time would disturb each other. They wait more than they work, so they come
+    first, while the other worker computes; then what starts ranks, so that no long file is left for the end.
+    """
+
+    def group(item: pytest.Item) -> str:
+        name = item.nodeid.partition("::")[0]
+        return "hosts" if "make_cluster" in getattr(item, "fixturenames", ()) else name
+
+    groups = {item: group(item) for item in items}
+    ranks = {groups[item] for item in items if item.get_closest_marker("distributed")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: (groups[item] != "hosts", groups[item] not in ranks))
+
+
 _POOLS: dict[int, DistPool] = {}
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -231,10 +229,13 @@ def test_ctrl_c_asks_a_running_job_to_stop(launch, clients, tmp_path):
     clients.add("sbatch", "echo 79")
     clients.add(
         "squeue",
-        f"""[ -e {run}/STOP ] || {{ echo RUNNING; exit; }}
+        # Ctrl-C comes while the job is being followed, however slow the machine is.
+        f"""[ -e {run}/STOP ] || {{
+  [ -e {tmp_path}/asked ] || kill -INT {os.getpid()}
+  >{tmp_path}/asked; echo RUNNING; exit
+}}
 echo '{{"step": 4, "reason": "the file STOP"}}' >{run}/STOPPED""",
     )
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     status, out, error = launch(f"run_dir={run}", "--on", "slurm", spec=SLURM)
     assert status == 75
     assert "stopping: a checkpoint is written first" in error
