@@ -1,12 +1,17 @@
 """Every file under configs/: it loads, and with a tiny model of its family and real shards it trains."""
 
 import math
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from scale_digrap.config import load_config, validate_for_training
 from scale_digrap.evaluation.evaluate_config import load_evaluate_config
+from scale_digrap.evaluation.registry import FRAMES_VQA, load_suites
+from scale_digrap.evaluation.shift import check_options
+from scale_digrap.models.loading import load_model
 from scale_digrap.training import train
 from tests.models import tiny
 from tests.models.conftest import checkpoint  # noqa: F401
@@ -15,6 +20,7 @@ FOLDER = Path(__file__).parent.parent / "configs"
 FAMILY = {
     "quickstart": "paligemma",
     "paligemma_vqav2_lora": "paligemma",
+    "paligemma_vqav2_lora_paper": "paligemma",
     "paligemma_vqav2_full": "paligemma",
     "paligemma_vqav2_zero3": "paligemma",
     "llava_vqav2_lora": "llava",
@@ -78,14 +84,67 @@ def test_configuration_trains_a_tiny_model_of_its_family(name, checkpoint, shard
     assert (tmp_path / "final").exists() == config.checkpoint.save_final
 
 
-def test_known_settings_of_the_papers_run():
-    config = load_config(FOLDER / "paligemma_vqav2_lora.yaml")
+@pytest.mark.parametrize("name", ["paligemma_vqav2_lora", "paligemma_vqav2_lora_paper"])
+def test_known_settings_of_the_authors_run(name):
+    config = load_config(FOLDER / f"{name}.yaml")
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (8, 16, 0.05)
     assert (config.optimizer.lr, config.optimizer.omega_lr, config.optimizer.weight_decay) == (1e-3, 0.5, 0)
-    assert (config.schedule.warmup_steps, config.schedule.min_lr_ratio) == (1000, 0.1)
+    assert (config.schedule.warmup_init_ratio, config.schedule.min_lr_ratio) == (0.1, 0.1)
     assert config.training.batch_size * config.training.gradient_accumulation * 8 == 256
     assert config.training.epochs == 10
     assert not any("val" in pattern for pattern in config.data.train)
+
+
+def test_the_papers_file_warms_up_by_micro_batches_and_trains_on_the_bare_question():
+    config = load_config(FOLDER / "paligemma_vqav2_lora_paper.yaml")
+    assert config.schedule.warmup_steps * config.training.gradient_accumulation == 1000
+    assert config.model.prompt == "{question}"
+
+
+def adapted(checkpoint, name):  # noqa: F811
+    """Names of the modules with an adapter, of both towers."""
+    config = load_config(FOLDER / f"{name}.yaml")
+    config.model.path = str(checkpoint(FAMILY[name]))
+    model = load_model(config.model, lora=config.lora).model
+    return sorted(n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n)
+
+
+def test_the_papers_file_adapts_what_peft_does_by_the_authors_list(checkpoint):  # noqa: F811
+    """Their list has no prefix; peft takes a name's last part, and the vision tower's output is called out_proj."""
+    from peft import LoraConfig, get_peft_model
+
+    ours = adapted(checkpoint, "paligemma_vqav2_lora_paper")
+    model = tiny.paligemma()[0]
+    theirs = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert ours == sorted(n.split(".lora_A")[0] for n, _ in theirs.named_parameters() if ".lora_A" in n)
+    vision = {n.rsplit(".", 1)[1] for n in ours if "vision_tower" in n}
+    language = {n.rsplit(".", 1)[1] for n in ours if "language_model" in n}
+    assert vision == {"q_proj", "k_proj", "v_proj"}
+    assert language == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not any("vision_tower" in n for n in adapted(checkpoint, "paligemma_vqav2_lora"))
+
+
+@pytest.mark.parametrize("metric", ["vqa/official", "vqa/lavis"])
+def test_the_frames_evaluation_names_its_metric_and_takes_the_published_one(metric, tmp_path):
+    """And its shift section takes what its comment offers."""
+    file = FOLDER / "evaluate_frames_vqa.yaml"
+    more = [] if metric == "vqa/official" else [f"suites.metric={metric}"]
+    config = load_evaluate_config(file, [*more, "shift.embeddings=frames", "shift.regularization=frames"])
+    for name in (suite.name for suite in FRAMES_VQA.values()):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").touch()
+    assert {suite.metric for suite in load_suites(asdict(config.suites), tmp_path)} == {metric}
+    check_options(**config.shift)
+
+
+def test_the_command_that_the_papers_file_names_is_right():
+    text = (FOLDER / "paligemma_vqav2_lora_paper.yaml").read_text()
+    start = text.index("scale-digrap evaluate ")
+    command = shlex.split(text[start : text.index("\nrun_dir")].replace("\\\n#", " "))
+    config = load_evaluate_config(FOLDER.parent / command[2], command[3:])
+    assert config.models["digrap"].run == load_config(FOLDER / "paligemma_vqav2_lora_paper.yaml").run_dir
+    assert config.model.prompt == "Question: {question} Answer:"
+    assert config.suites.metric == "vqa/lavis"
 
 
 def test_quickstart_file_is_what_the_quickstart_runs():

@@ -97,6 +97,7 @@ class _Evaluation:
         self.generation = generation_settings(config.generation)
         _check_options("leakage", config.leakage, leakage.check)
         _check_options("shift", config.shift, shift.shift_scores, "model")
+        shift.check_options(**(config.shift or {}))
         self.dtype = models.precision(config, ranks.device)
         self.suites: list[Suite] = []
         self.datasets: dict[str, ShardDataset] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,14 +86,19 @@ class Mahalanobis:
             ``oas``: (1 − ρ) S + ρ (tr S / d) I with ρ of the oracle approximating shrinkage estimator (Chen, Wiesel,
             Eldar and Hero 2010, eq. 23), which depends on n, d, tr S and tr S² alone.
             A number in [0, 1]: the same with this ρ.
-            ``pinv``: the pseudo-inverse of S + 1e-8 I, as in the code of the FRAMES-VQA authors; singular values below
-            d · ε of the largest one count as zero.
+            ``pinv``: the pseudo-inverse of S + 1e-8 I; singular values up to d · ε of the largest one count as zero, ε
+            of float64 (2.2e-16): directions in which the vectors do not vary stay, and weigh 1e8.
+            ``frames``: the same of S rounded to float32 with ε of float32 (1.2e-7), as ``torch.linalg.pinv`` does in
+            the code of the FRAMES-VQA authors: such directions are left out. The authors multiply in the embeddings'
+            own dtype, bfloat16; here it is float64.
 
     Raises:
-        ShiftError: fewer than two vectors, all vectors equal, or a matrix that stays singular (ρ = 0).
+        ShiftError: an unknown regularization, fewer than two vectors, all vectors equal, or a matrix that stays
+            singular (ρ = 0).
     """
 
     def __init__(self, gaussian: StreamingGaussian, regularization: str | float = "oas") -> None:
+        check_regularization(regularization)
         covariance, dim = gaussian.covariance, len(gaussian.mean)
         trace = float(covariance.diagonal().sum())
         if not math.isfinite(trace):
@@ -103,17 +109,18 @@ class Mahalanobis:
             )
         self._mean = gaussian.mean
         self.shrinkage: float | None = None
-        """ρ; None for ``pinv``."""
+        """ρ; None for ``pinv`` and ``frames``."""
         self._factor: Tensor | None = None
-        if regularization == "pinv":
-            values, vectors = torch.linalg.eigh(covariance + 1e-8 * torch.eye(dim).to(covariance))
-            keep = values > dim * torch.finfo(values.dtype).eps * values.max()
+        if regularization in ("pinv", "frames"):
+            dtype = torch.float32 if regularization == "frames" else torch.float64
+            loaded = covariance.to(dtype) + 1e-8 * torch.eye(dim, dtype=dtype, device=covariance.device)
+            # eigenvalues are the singular values: the negative ones that rounding makes are below the limit
+            values, vectors = torch.linalg.eigh(loaded.double())
+            keep = values > dim * torch.finfo(dtype).eps * values.max()
             self._whitener = vectors[:, keep] / values[keep].sqrt()
             return
         if regularization == "oas":
             self.shrinkage = _oas(covariance, gaussian.count)
-        elif isinstance(regularization, str) or not 0.0 <= regularization <= 1.0:
-            raise ShiftError(f"regularization must be oas, pinv or a number in [0, 1], got {regularization!r}")
         else:
             self.shrinkage = float(regularization)
         shrunk = (1.0 - self.shrinkage) * covariance
@@ -122,7 +129,7 @@ class Mahalanobis:
         if int(failed):
             raise ShiftError(
                 f"the covariance of {gaussian.count} embeddings of size {dim} is singular with regularization="
-                f"{regularization!r}: use oas, pinv or a larger number"
+                f"{regularization!r}: use oas, pinv, frames or a larger number"
             )
 
     def distances(self, vectors: Tensor) -> Tensor:
@@ -131,6 +138,17 @@ class Mahalanobis:
         if self._factor is None:
             return (delta @ self._whitener).norm(dim=1)
         return torch.linalg.solve_triangular(self._factor, delta.T, upper=False).norm(dim=0)
+
+
+def check_regularization(regularization: Any) -> None:
+    """Raises `ShiftError` for anything that `Mahalanobis` does not know."""
+    if isinstance(regularization, str):
+        known = regularization in ("oas", "pinv", "frames")
+    else:
+        known = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
+        known = known and 0.0 <= regularization <= 1.0
+    if not known:
+        raise ShiftError(f"regularization must be oas, pinv, frames or a number in [0, 1], got {regularization!r}")
 
 
 def _oas(covariance: Tensor, count: int) -> float:

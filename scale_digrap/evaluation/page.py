@@ -287,8 +287,8 @@ def _shift(comparison: Comparison) -> str:
     train, settings = comparison.shift["train"], comparison.shift["settings"]
     note = (
         f"Mean Mahalanobis distance to {train['samples']:,} of {train['questions']:,} training questions in the "
-        f"embeddings of {comparison.shift['model'] or 'the model'}, with the 5th to 95th percentile. Covariance: "
-        f"{settings['regularization']}."
+        f"embeddings of {comparison.shift['model'] or 'the model'}, with the 5th to 95th percentile. Embeddings: "
+        f"{settings.get('embeddings', 'tokens')}; covariance: {settings['regularization']}."
     )
     return _table(["Suite", "Image", "Question", "Joint", "Questions"], "", body) + f'<p class="dim">{escape(note)}</p>'
 

@@ -1,17 +1,13 @@
 """How far a suite is from the training set in a model's own embeddings: Mahalanobis distances, per suite and sample.
 
-Three embeddings out of one forward pass of the prompt, as in the analysis of FRAMES-VQA: the mean of the image tokens
-where they enter the language model, the mean of the prompt's other tokens at its last layer, and the mean of all of its
-tokens at the last layer. A Gaussian is fitted to each over the training set (`gaussian`), and a sample's score is its
-distance. (The authors print the distance with a minus sign.)
+A Gaussian is fitted over the training set (`gaussian`) to each of three embeddings of the prompt (`embedder`), and a
+sample's score is its distance.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,8 @@ from torch import Tensor, nn
 from scale_digrap.data.loader import ShardDataset
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.batches import Batches, Collator, OpenShards, PreparedBatch
-from scale_digrap.evaluation.gaussian import Mahalanobis, ShiftError, StreamingGaussian
+from scale_digrap.evaluation.embedder import Embedder, Embeddings, check_embeddings
+from scale_digrap.evaluation.gaussian import Mahalanobis, ShiftError, StreamingGaussian, check_regularization
 from scale_digrap.evaluation.generation import generating, is_sharded
 from scale_digrap.evaluation.runs import write_atomically
 from scale_digrap.evaluation.shift_accuracy import SPACES
@@ -36,109 +33,6 @@ SCHEMA = 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Of one batch, float64 on the model's device."""
-
-    image: Tensor
-    """[batch, d]; meaningless where `has_image` is False."""
-    question: Tensor
-    """[batch, d]."""
-    joint: Tensor
-    """[batch, d]."""
-    has_image: Tensor
-    """bool [batch]."""
-
-    def rows(self, space: str, wanted: Tensor) -> Tensor:
-        """The vectors of one space where `wanted`, bool [batch], and where there is an image if it takes one."""
-        return getattr(self, space)[wanted & self.has_image if space == "image" else wanted]
-
-
-class Embedder:
-    """Takes the embeddings out of a Hugging Face vision-language model while it reads a prompt, by two hooks on its
-    language model. The model may be plain, peft, or sharded by FSDP2 or ZeRO-3.
-
-    Args:
-        model: PaliGemma, LLaVA, Qwen-VL, Gemma 3 or any other whose ``input_ids`` have one image token per image
-            feature, named by ``config.image_token_id``.
-
-    Raises:
-        ShiftError: the model has no such token or no decoder.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        config = getattr(base, "config", None)
-        self._model = model
-        self._image_token = getattr(config, "image_token_id", None)
-        if self._image_token is None:
-            self._image_token = getattr(config, "image_token_index", None)
-        self._decoder: nn.Module | None = base.get_decoder() if hasattr(base, "get_decoder") else None
-        if self._image_token is None or self._decoder is None or self._decoder is base:
-            raise ShiftError(
-                f"{type(base).__name__} has no {'image_token_id' if self._decoder else 'language model of its own'}: "
-                "shift scores need a vision-language model that puts image features in the place of image tokens. "
-                "Leave the shift section out of the configuration"
-            )
-        self._options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(base.forward).parameters:
-            self._options["logits_to_keep"] = 1  # a vocabulary of 257 thousand for every token would fill the memory
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Embeddings:
-        """Embed a batch of `Collator.generate`. One forward pass: a collective where the model is sharded.
-
-        Raises:
-            ShiftError: the language model has seen other tokens than ``input_ids``.
-        """
-        seen: dict[str, Tensor] = {}
-        with self._hooks(seen):
-            self._model(**inputs, **self._options)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        for name in ("first", "last"):
-            if name not in seen or seen[name].shape[:2] != ids.shape:
-                raise ShiftError(
-                    f"the language model of {type(self._model).__name__} has taken "
-                    f"{tuple(seen[name].shape) if name in seen else 'no embeddings'} for input_ids of shape "
-                    f"{tuple(ids.shape)}: its image tokens cannot be told from the others"
-                )
-        pictured = mask & (ids == self._image_token)
-        return Embeddings(
-            image=_mean(seen["first"], pictured),
-            question=_mean(seen["last"], mask & ~pictured),
-            joint=_mean(seen["last"], mask),
-            has_image=pictured.any(dim=1),
-        )
-
-    @contextmanager
-    def _hooks(self, seen: dict[str, Tensor]) -> Iterator[None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is not None:
-                seen["first"] = embeds.detach()
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            last = getattr(output, "last_hidden_state", None)
-            seen["last"] = (output[0] if last is None else last).detach()
-
-        assert self._decoder is not None
-        handles = [
-            self._decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self._decoder.register_forward_hook(after),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of the mask, float64 [batch, d]; zero where there is none."""
-    weights = mask.double() / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    # padding may hold anything, and 0 × inf is not 0
-    return torch.einsum("bt,btd->bd", weights, states.double().masked_fill(~mask[..., None], 0.0))
-
-
 @dataclass(kw_only=True)
 class ShiftReport:
     """Distances of every suite, equal on all ranks whatever their number."""
@@ -148,7 +42,7 @@ class ShiftReport:
     train: dict[str, Any]
     """ "shards", "questions" (all there are), "samples" (those used), "without_image"."""
     settings: dict[str, Any]
-    """ "regularization", "template", "dim", and "shrinkage" per space (ρ, None for the pseudo-inverse)."""
+    """ "embeddings", "regularization", "template", "dim", and "shrinkage" per space (ρ; None for a pseudo-inverse)."""
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name → "questions", "without_image", "file" (distances per question, beside the report), and per space "n",
     "mean", "std" (n − 1) and "quantiles"; None for the space of images where the suite or the training set has none."""
@@ -157,6 +51,16 @@ class ShiftReport:
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
+
+
+def check_options(regularization: Any = "oas", embeddings: Any = "tokens", **_: Any) -> None:
+    """Refuse values that `shift_scores` does not know, before a model is loaded.
+
+    Raises:
+        ShiftError: an unknown regularization or embedding.
+    """
+    check_regularization(regularization)
+    check_embeddings(embeddings)
 
 
 @torch.no_grad()
@@ -171,6 +75,7 @@ def shift_scores(
     samples: int | None = 20_000,
     suite_samples: int | None = None,
     regularization: str | float = "oas",
+    embeddings: str = "tokens",
     batch_size: int = 32,
     workers: int = 0,
     dp_rank: int = 0,
@@ -191,6 +96,8 @@ def shift_scores(
         samples: how many of the training set, evenly spaced; None takes all.
         suite_samples: how many of each suite, likewise.
         regularization: see `Mahalanobis`.
+        embeddings: see `Embedder`. With ``regularization="frames"`` and the bare question as the prompt, ``"frames"``
+            gives the distances that FRAMES-VQA's authors compute, in float64.
         batch_size: questions per rank and batch.
         workers: loader processes per rank.
         dp_rank, dp_world_size: this rank's place; with more than one, all ranks of the default group call this.
@@ -208,19 +115,20 @@ def shift_scores(
         if value is not None and value < 2:
             raise ShiftError(f"{option} must be at least 2, got {value}")
     shards = [train] if isinstance(train, str) else list(train)
-    embedder = Embedder(model)
+    check_options(regularization, embeddings)
+    embedder = Embedder(model, embeddings)
     work = _Work(embedder, collator, batch_size, workers, dp_rank, dp_world_size, torch.device(device), open_shards)
     with generating(model):
         gaussians: dict[str, StreamingGaussian] = {}
         used = pictures = 0
         dataset = work.open("the training set", shards)
-        for batch, embeddings, valid in work.embed("the training set", dataset, samples):
+        for batch, found, valid in work.embed("the training set", dataset, samples):
             for space in SPACES:
-                vectors = getattr(embeddings, space)
+                vectors = getattr(found, space)
                 gaussian = gaussians.setdefault(space, StreamingGaussian(vectors.shape[1], vectors.device))
-                gaussian.update(embeddings.rows(space, valid))
+                gaussian.update(found.rows(space, valid))
             used += sum(batch.valid)
-            pictures += int((valid & embeddings.has_image).sum())
+            pictures += int((valid & found.has_image).sum())
         if dp_world_size > 1:
             for gaussian in gaussians.values():
                 gaussian.all_reduce()
@@ -239,6 +147,7 @@ def shift_scores(
                 "without_image": used - pictures,
             },
             settings={
+                "embeddings": embeddings,
                 "regularization": regularization,
                 "shrinkage": {space: fitted and fitted.shrinkage for space, fitted in distance.items()},
                 "dim": {space: len(gaussian.mean) for space, gaussian in gaussians.items()},
