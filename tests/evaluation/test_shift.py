@@ -340,7 +340,7 @@ def test_singular_covariances():
     np.testing.assert_allclose(Mahalanobis(fitted, "pinv").distances(inside), expected, rtol=1e-6)
     with pytest.raises(ShiftError, match=r"is singular with regularization=0\.0: use oas"):
         Mahalanobis(fitted, 0.0)
-    with pytest.raises(ShiftError, match="must be oas, pinv or a number"):
+    with pytest.raises(ShiftError, match="must be oas, pinv, frames or a number"):
         Mahalanobis(fitted, "ridge")
     with pytest.raises(ShiftError, match="all 4 training embeddings are equal"):
         Mahalanobis(gaussian(np.ones((4, 3))))
