@@ -19,10 +19,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/scale-digrap quickstart $(ARGS)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not distributed" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not slow and not distributed" $(ARGS)
 
 # Programs that the launch tests put on their hosts, and a browser for the report's test: installed as root with apt,
 # else named. Without them those tests are skipped, with the reason.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -18,24 +19,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=12, help="how many randomised kills of tests/training/test_kill.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs on one worker when the suite is spread over several (``make test`` takes two).
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to spread
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How the suite is spread over several processes (``make test`` takes two).
 
     A file stays together, since its tests share what its fixtures make. The tests on hosts stay together too: they
-    watch time-outs, and two clusters at a time would disturb each other. They wait more than they work, so they come
-    first, while the other worker computes; then what starts ranks, so that no long file is left for the end.
+    watch time-outs, and two clusters at a time would disturb each other.
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def group(item: pytest.Item) -> str:
-        name = item.nodeid.partition("::")[0]
-        return "hosts" if "make_cluster" in getattr(item, "fixturenames", ()) else name
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "hosts" if _on_hosts(file) else file
 
-    groups = {item: group(item) for item in items}
-    ranks = {groups[item] for item in items if item.get_closest_marker("distributed")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: (groups[item] != "hosts", groups[item] not in ranks))
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is on hosts waits more than it works, so it comes first, while another process computes; then what starts
+    ranks, so that no long file is left for the end."""
+
+    def file(item: pytest.Item) -> str:
+        return item.nodeid.partition("::")[0]
+
+    ranks = {file(item) for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: (not _on_hosts(file(item)), file(item) not in ranks))
+
+
+def _on_hosts(file: str) -> bool:
+    return file.startswith("tests/launch/") and file.endswith("cluster.py")
 
 
 _POOLS: dict[int, DistPool] = {}
