@@ -1,4 +1,4 @@
-"""Time and memory of one optimizer step on FSDP2 shards: DiGraP against AdamW and against per-parameter DTensor code.
+"""Time and memory of one optimizer step on FSDP2 shards: DiGraP and its siblings against AdamW and per-parameter code.
 
     python benchmarks/optimizer_step.py [--ranks 2] [--repeats 15]
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from scale_digrap import DiGraP
+from scale_digrap import AdamFTP, AdamL2SP, AdamSPD, DiGraP
 
 
 class PerParameterDiGraP(torch.optim.Optimizer):
@@ -132,6 +132,9 @@ def candidates() -> list[Candidate]:
         ("DiGraP, no layer projected", lambda p: DiGraP(p, 1e-4), nothing),
         ("DiGraP, every layer projected", lambda p: DiGraP(p, 1e-4, omega_lr=0.0), project_all),
         ("DiGraP, LoRA (zero anchor)", lambda p: DiGraP(p, 1e-4, anchor="zero"), nothing),
+        ("AdamFTP", lambda p: AdamFTP(p, 1e-4), nothing),
+        ("AdamSPD", lambda p: AdamSPD(p, 1e-4), nothing),
+        ("AdamL2SP", lambda p: AdamL2SP(p, 1e-4), nothing),
         ("DiGraP per parameter (DTensor)", lambda p: PerParameterDiGraP(p, 1e-4), nothing),
     ]
 
