@@ -1,39 +1,33 @@
 """The one typed configuration of a training run.
 
-Dataclasses that OmegaConf reads as a structured config: every key of a YAML file or of a ``key=value`` override is
-checked against them. This module imports no torch, so that ``scale-digrap --help`` and ``--print-config`` are instant.
-(No ``from __future__ import annotations`` here: OmegaConf resolves the annotations at run time.)
+Dataclasses of which :mod:`scale_digrap.settings` makes the schema: every key of a YAML file or of a ``key=value``
+override is checked against them. This module imports no torch, so that ``scale-digrap --help`` and ``--print-config``
+are instant.
 """
 
-import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, get_args, get_origin, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, Optional
 
 from scale_digrap.duration import seconds
-from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.runtime.files import write_whole
+from scale_digrap.settings import ConfigError, PathText, read_structured, read_values, shown, suggest, to_yaml
 from scale_digrap.zero_config import ZeroConfig, zero_problem
 
-
-class ConfigError(ScaleDigrapError):
-    """A configuration that cannot be run: says which key, which value, and what to write instead."""
+__all__ = ["Config", "ConfigError", "load_config", "suggest"]
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """Which checkpoint, and which of its parameters are trained."""
 
-    path: str = "builtin:tiny-vlm"
+    path: PathText = "builtin:tiny-vlm"
     """Local folder or hub id of an image-text-to-text checkpoint, a saved LoRA adapter, or ``builtin:tiny-vlm``."""
 
-    revision: Optional[str] = None  # noqa: UP045 (OmegaConf on Python 3.10 does not read `str | None`)
+    revision: Optional[str] = None  # noqa: UP045
     """Hub revision; None takes the default branch."""
 
     attention: Optional[str] = None  # noqa: UP045
@@ -85,7 +79,7 @@ class LoraConfig:
 class SourceConfig:
     """One data set of a mixture."""
 
-    shards: list[str] = field(default_factory=list)
+    shards: list[PathText] = field(default_factory=list)
     """As in ``data.train``."""
 
     weight: float = 1.0
@@ -96,7 +90,7 @@ class SourceConfig:
 class DataConfig:
     """Where the training samples come from."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[PathText] = field(default_factory=list)
     """webdataset shards: folders, paths, globs, brace patterns such as ``vqa-{000000..000041}.tar``, ``manifest.json``
     files, or URLs (http(s), s3, gs, whatever fsspec knows)."""
 
@@ -140,7 +134,7 @@ class DataConfig:
     class_question: str = "What is in the picture?"
     """The question of a sample that is an image with a class."""
 
-    cache_dir: Optional[str] = None  # noqa: UP045
+    cache_dir: Optional[PathText] = None  # noqa: UP045
     """Folder on a local disk for remote shards, and for indexes of shards that lie in a read-only place."""
 
     cache_gb: Optional[float] = None  # noqa: UP045
@@ -349,7 +343,7 @@ class CheckpointConfig:
     on_damage: str = "fallback"
     """``fallback`` (the newest whole checkpoint before it, with a warning) or ``refuse`` when the newest is damaged."""
 
-    resume: str = "auto"
+    resume: PathText = "auto"
     """``auto`` (the newest complete checkpoint of ``run_dir``, if any), ``never``, or the path of a checkpoint."""
 
     save_final: bool = True
@@ -363,7 +357,7 @@ class CheckpointConfig:
 class SuiteConfig:
     """One evaluation set."""
 
-    shards: list[str] = field(default_factory=list)
+    shards: list[PathText] = field(default_factory=list)
     """Its webdataset shards, as in ``data.train``."""
 
     group: str = "id"
@@ -421,7 +415,7 @@ class LogConfig:
 class Config:
     """Everything a run needs. See the classes of the sections for their keys."""
 
-    run_dir: str = "runs/default"
+    run_dir: PathText = "runs/default"
     """Where logs, checkpoints, the resolved configuration and the final model go."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -468,66 +462,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
     """
-    return config_from_dict(read_values(path, overrides))
+    return config_from_dict(read_values(path, overrides, Config))
 
 
-def read_values(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a YAML file with ``key=value`` overrides applied in order, not yet compared with a schema.
-
-    Raises:
-        ConfigError: unreadable file, an override that is no ``key=value``.
-    """
-    merged: Any = OmegaConf.create({})
-    if path is not None:
-        merged = read_yaml(Path(path))
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {item!r} is not of the form key=value, for example optimizer.lr=1e-4")
-        try:
-            update = OmegaConf.from_dotlist([item])
-        except (OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(f"override {item!r}: {_first_line(error)}") from None
-        except Exception as error:  # a yaml.YAMLError: OmegaConf does not wrap it, and yaml is its dependency, not ours
-            raise ConfigError(f"override {item!r} is not valid YAML: {_first_line(error)}") from None
-        merged = OmegaConf.merge(merged, update)
-    return OmegaConf.to_container(merged)  # type: ignore[return-value]
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
+def config_from_dict(values: Mapping[str, Any], *, stored: bool = False) -> Config:
     """Build and validate a :class:`Config` from nested dictionaries.
+
+    Args:
+        values: as of a YAML file, or as a run has stored them.
+        stored: a run has stored them: interpolations that cannot be resolved any more stay as they are.
 
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    config: Config = read_structured(values, Config)
+    config: Config = read_structured(values, Config, stored=stored)
     validate(config)
     return config
 
 
-def read_structured(values: dict[str, Any], schema: type) -> Any:
-    """An object of a dataclass with default values for all its fields, from nested dictionaries; types are checked.
-
-    Raises:
-        ConfigError: unknown or mistyped key, wrong type.
-    """
-    _check_keys(values, schema, (), schema)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        place = f"{key}: " if key else ""
-        raise ConfigError(f"{place}{_first_line(error)}") from None
-
-
 def config_to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration, defaults included, as YAML that :func:`load_config` reads back; what is secret is masked
+    (:func:`scale_digrap.settings.shown`)."""
+    return to_yaml(shown(config))
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write :func:`config_to_yaml` to ``path``."""
-    Path(path).write_text(config_to_yaml(config), encoding="utf-8")
+    """Write :func:`config_to_yaml` to ``path``, for nobody else to read."""
+    write_whole(path, config_to_yaml(config), 0o600)
 
 
 def validate(config: Config) -> None:
@@ -681,73 +642,6 @@ def validate_for_training(config: Config) -> None:
         )
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: no such file, not valid YAML, no mapping.
-    """
-    if not path.is_file():
-        raise ConfigError(f"configuration file {str(path)!r} does not exist")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml.YAMLError or OmegaConf's own
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold key: value pairs at its top level")
-    return loaded
-
-
-def _check_keys(values: Any, schema: type, prefix: tuple[str, ...], root: type) -> None:
-    """Raise for the first key of ``values`` that ``schema`` does not know, with the nearest one that it does, or that
-    another section of ``root`` does."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{'.'.join(prefix)} is a section with keys {_names(schema)}, got the value {values!r}")
-    hints = get_type_hints(schema)
-    for key, value in values.items():
-        path = (*prefix, str(key))
-        if key not in hints:
-            raise ConfigError(f"unknown key {'.'.join(path)!r}{_suggest_key(str(key), schema, prefix, root)}")
-        kind: Any = hints[key]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            _check_keys(value, kind, path, root)
-        elif get_origin(kind) is dict and isinstance(value, dict) and dataclasses.is_dataclass(get_args(kind)[1]):
-            item = get_args(kind)[1]
-            for name, entry in value.items():
-                _check_keys(entry, item, (*path, str(name)), root)
-
-
-def _suggest_key(key: str, schema: type, prefix: tuple[str, ...], root: type) -> str:
-    """Nearest key of this section; failing that, the same key in another section."""
-    here = difflib.get_close_matches(key, _names(schema), n=1, cutoff=0.6)
-    if here:
-        return f" (did you mean {'.'.join((*prefix, here[0]))!r}?)"
-    elsewhere = [path for path in _all_paths(root) if path.rsplit(".", 1)[-1] == key]
-    if elsewhere:
-        return f" (did you mean {elsewhere[0]!r}?)"
-    return f"; {'.'.join(prefix) or 'the top level'} has {', '.join(_names(schema))}"
-
-
-def _names(schema: type) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(schema)]
-
-
-def _all_paths(schema: type, prefix: str = "") -> list[str]:
-    paths = []
-    kind: Any
-    for name, kind in get_type_hints(schema).items():
-        paths.append(prefix + name)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            paths += _all_paths(kind, f"{prefix}{name}.")
-    return paths
-
-
 def _get(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
@@ -783,7 +677,3 @@ def _check_range(
             ok = ok and holds(bound)
     if not ok:
         raise ConfigError(f"{key} must be {' and '.join(wanted)}, got {value}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,6 +1,6 @@
 """DeepSpeed's settings, typed, and the JSON that is made of them and of the rest of a configuration.
 
-(No torch here, and no ``from __future__ import annotations``: see ``config.py``.)
+(No torch here: see ``config.py``.)
 """
 
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -31,7 +31,6 @@ from scale_digrap.evaluation import leakage, models, shift
 from scale_digrap.evaluation.evaluate_config import EvaluateConfig, evaluate_config_to_yaml
 from scale_digrap.evaluation.generation import generation_settings
 from scale_digrap.evaluation.models import Variant
-from scale_digrap.evaluation.predictions import write_whole
 from scale_digrap.evaluation.progress import EvaluationProgress
 from scale_digrap.evaluation.registry import load_suites
 from scale_digrap.evaluation.report import write_report
@@ -49,6 +48,8 @@ from scale_digrap.evaluation.tasks import (
     open_suites,
     read_results,
 )
+from scale_digrap.runtime.files import write_whole
+from scale_digrap.settings import shown
 from scale_digrap.training.data import open_shards
 from scale_digrap.training.ranks import Ranks
 from scale_digrap.training.stop import DONE, STOPPED, StopRequests, clear_markers, run_stopped, write_marker
@@ -133,7 +134,7 @@ class _Evaluation:
 
     def _start(self) -> None:
         clear_markers(self.out)
-        write_whole(self.out / "evaluate.yaml", [evaluate_config_to_yaml(self.config).encode()])
+        write_whole(self.out / "evaluate.yaml", evaluate_config_to_yaml(self.config), 0o600)
 
     def _plan(self) -> tuple[list[Variant], str]:
         variants = models.plan(self.config)
@@ -360,7 +361,7 @@ class _Evaluation:
             "questions": sum(map(len, self.datasets.values())),
             "ranks": self.ranks.world_size,
             "engine": self.engine_name,
-            "config": asdict(self.config),
+            "config": shown(self.config),
         }
 
     def _fingerprint(self) -> str:
@@ -385,7 +386,7 @@ def _listed(shards: Any) -> list[str]:
 _GIVEN = ("suites", "open_shards", "progress", "dp_rank", "dp_world_size", "device", "out", "name", "collator", "model")
 
 
-def _check_options(section: str, values: dict[str, Any] | None, function: Any, *more: str) -> None:
+def _check_options(section: str, values: Mapping[str, Any] | None, function: Any, *more: str) -> None:
     """Refuse a key that the function behind a section of the configuration does not take."""
     known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
     for key in values or {}:

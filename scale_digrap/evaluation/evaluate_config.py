@@ -1,32 +1,66 @@
-"""The typed configuration of ``scale-digrap evaluate``; imports no torch.
-
-(No ``from __future__ import annotations`` here: OmegaConf resolves the annotations at run time.)
-"""
+"""The typed configuration of ``scale-digrap evaluate``; imports no torch."""
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypedDict
 
-from omegaconf import OmegaConf
-
-from scale_digrap.config import STOP_SIGNALS, ConfigError, DataConfig, read_structured, read_values, suggest
+from scale_digrap.config import STOP_SIGNALS, DataConfig
 from scale_digrap.duration import seconds
+from scale_digrap.settings import ConfigError, PathText, read_structured, read_values, shown, suggest, to_yaml
 from scale_digrap.zero_config import ZeroConfig
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class CustomSuite(TypedDict, total=False):
+    """A suite of one's own, or what replaces fields of a built-in one; only the keys that are given."""
+
+    group: str
+    shift: str
+    metric: str
+    shards: PathText | list[PathText]
+    expected: int | None
+    title: str
+    description: str
+    benchmark: str
+
+
+class LeakageOptions(TypedDict, total=False):
+    """Options of ``evaluation.leakage.check``."""
+
+    train: PathText | list[PathText]
+    limit: float
+    near_limit: float
+    distance: int
+    images: bool
+    workers: int
+    cache_dir: PathText | None
+    examples: int
+
+
+class ShiftOptions(TypedDict, total=False):
+    """Options of ``evaluation.shift.shift_scores``, and the model."""
+
+    train: PathText | list[PathText]
+    model: str | None
+    samples: int | None
+    suite_samples: int | None
+    regularization: float | str
+    batch_size: int
+    workers: int
 
 
 @dataclass(kw_only=True)
 class SuitesConfig:
     """What is asked; see :func:`scale_digrap.evaluation.registry.load_suites` and docs/suites.md."""
 
-    set: Any = None
+    set: str | list[str] | None = None
     """A built-in set of suites (``frames-vqa``, ``gqa``, ``domainnet``, ``quickstart``), or a list of several."""
 
-    folder: Optional[str] = None  # noqa: UP045 (OmegaConf on Python 3.10 does not read `str | None`)
+    folder: Optional[PathText] = None  # noqa: UP045
     """The shards of a built-in suite are ``FOLDER/NAME/*.tar``."""
 
     only: list[str] = field(default_factory=list)
@@ -36,7 +70,7 @@ class SuitesConfig:
     """``error``, or ``allow``: suites of the set without shards are shown as missing, and averages with them are not
     given."""
 
-    custom: dict[str, Any] = field(default_factory=dict)
+    custom: dict[str, CustomSuite] = field(default_factory=dict)
     """Suites of one's own by name (``group``, ``shift``, ``metric``, ``shards``, ``expected``, …)."""
 
     metric: Optional[str] = None  # noqa: UP045
@@ -47,19 +81,19 @@ class SuitesConfig:
 class ModelEntry:
     """A model to evaluate: a ``path`` or a ``run``."""
 
-    path: Optional[str] = None  # noqa: UP045
+    path: Optional[PathText] = None  # noqa: UP045
     """Folder or hub id of a Hugging Face model, of a peft adapter (its base is named in it), or ``builtin:…``."""
 
     revision: Optional[str] = None  # noqa: UP045
     """Hub revision of ``path``."""
 
-    run: Optional[str] = None  # noqa: UP045
+    run: Optional[PathText] = None  # noqa: UP045
     """Folder of a training run: its configuration and a checkpoint of it, of any engine and any number of ranks."""
 
     checkpoint: str = "newest"
     """Which checkpoint of the run: ``newest`` or a step."""
 
-    base: Optional[str] = None  # noqa: UP045
+    base: Optional[PathText] = None  # noqa: UP045
     """Where the pre-trained model of the run lies now, if that is not where its configuration says."""
 
     alphas: list[float] = field(default_factory=lambda: [1.0])
@@ -129,7 +163,7 @@ class EvaluateEngineConfig:
 class EvaluateConfig:
     """Everything an evaluation needs."""
 
-    out: str = "runs/evaluation"
+    out: PathText = "runs/evaluation"
     """Everything is written here. The same command again goes on where it was."""
 
     title: str = ""
@@ -156,10 +190,10 @@ class EvaluateConfig:
     baseline: Optional[str] = None  # noqa: UP045
     """Key of the method that the others are compared with, question by question; usually the zero-shot model."""
 
-    leakage: Optional[dict[str, Any]] = None  # noqa: UP045
+    leakage: Optional[LeakageOptions] = None  # noqa: UP045
     """Look for the suites in training data: ``train`` (shards) and the options of ``evaluation.leakage.check``."""
 
-    shift: Optional[dict[str, Any]] = None  # noqa: UP045
+    shift: Optional[ShiftOptions] = None  # noqa: UP045
     """Measure how far the suites are from training data: ``train`` (shards), ``model`` (an entry of ``models``, the
     baseline by default) and the options of ``evaluation.shift.shift_scores``."""
 
@@ -187,14 +221,15 @@ def load_evaluate_config(path: str | Path | None = None, overrides: Sequence[str
     Raises:
         ConfigError: unreadable file, unknown or mistyped key, wrong type, value out of range.
     """
-    config: EvaluateConfig = read_structured(read_values(path, overrides), EvaluateConfig)
+    config: EvaluateConfig = read_structured(read_values(path, overrides, EvaluateConfig), EvaluateConfig)
     validate_evaluate(config)
     return config
 
 
 def evaluate_config_to_yaml(config: EvaluateConfig) -> str:
-    """The whole configuration, defaults included, as YAML that :func:`load_evaluate_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration, defaults included, as YAML that :func:`load_evaluate_config` reads back; what is secret
+    is masked (:func:`scale_digrap.settings.shown`)."""
+    return to_yaml(shown(config))
 
 
 def wise_key(method: str, alpha: float) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.launch.workload import COMMANDS, load_workload
+from scale_digrap.runtime.files import write_whole
 
 TOKEN = "SCALE_DIGRAP_LAUNCH"
 """Variable that every process of one start has in its environment, with a value that no other start has."""
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def _config(arguments: argparse.Namespace) -> None:
     workload = load_workload(arguments.command, arguments.config, arguments.overrides)
     if arguments.to is not None:
-        arguments.to.write_text(workload.resolved, encoding="utf-8")
+        write_whole(arguments.to, workload.resolved, 0o600)
     print(workload.run_dir)
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-
 from scale_digrap.launch import hosts
 from scale_digrap.launch.follow import Failure, Progress, diagnose, last_line, outcome, start_stamp
 from scale_digrap.launch.node import check_port, gpu_count
@@ -94,9 +92,7 @@ def write_files(plan: Plan) -> None:
 
 def total_steps(plan: Plan) -> int | None:
     """Optimizer steps, where the configuration names their number."""
-    if plan.workload.command != "train":
-        return None
-    return OmegaConf.create(plan.workload.resolved).training.steps
+    return plan.workload.steps
 
 
 def report(plan: Plan, stamp: Path, statuses: dict[str, int]) -> int:

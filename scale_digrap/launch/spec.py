@@ -1,7 +1,6 @@
 """The launch file: where and how a run is started, beside the configuration that says what is trained.
 
-Dataclasses that OmegaConf reads, with the checks of :mod:`scale_digrap.config`.
-(No ``from __future__ import annotations`` here: OmegaConf resolves the annotations at run time.)
+Dataclasses of which :mod:`scale_digrap.settings` makes the schema.
 """
 
 import re
@@ -10,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
-
-from scale_digrap.config import read_structured, read_yaml, suggest
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.settings import PathText, read_structured, read_yaml, suggest
 
 PLACES = ("local", "hosts", "slurm", "kubernetes")
 LAUNCHERS = ("torchrun", "deepspeed")
@@ -32,7 +29,7 @@ class RendezvousConfig:
     store: str = "tcp"
     """``tcp``: on the first host, whose death ends the job; ``file``: in a shared folder, which survives it."""
 
-    folder: Optional[str] = None  # noqa: UP045 (OmegaConf on Python 3.10 does not read `str | None`)
+    folder: Optional[PathText] = None  # noqa: UP045
     """With ``file``: a folder that all hosts share, on a file system with working locks."""
 
     port: Optional[int] = None  # noqa: UP045
@@ -188,13 +185,13 @@ class LaunchConfig:
     hosts: list[str] = field(default_factory=list)
     """``--on hosts``: their names or addresses. The first is where all meet."""
 
-    hostfile: Optional[str] = None  # noqa: UP045
+    hostfile: Optional[PathText] = None  # noqa: UP045
     """In place of ``hosts``: a file with a line ``NAME slots=N`` for each."""
 
-    python: str = "python"
+    python: PathText = "python"
     """The interpreter on the nodes."""
 
-    workdir: Optional[str] = None  # noqa: UP045
+    workdir: Optional[PathText] = None  # noqa: UP045
     """Folder to work in on the nodes; None: the one that the launch is started in."""
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -216,7 +213,7 @@ class LaunchConfig:
     """Seconds for a checkpoint between a request to stop and the end by force."""
 
     rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
-    logs: Optional[str] = None  # noqa: UP045
+    logs: Optional[PathText] = None  # noqa: UP045
     """Folder of the ranks' output; None: ``run_dir/logs``."""
 
     preflight: bool = False
@@ -267,11 +264,7 @@ def load_spec(path: str | Path | None) -> LaunchConfig:
         ConfigError: unreadable file, unknown or mistyped key, wrong type.
         LaunchError: a value that cannot work.
     """
-    values: Any = {} if path is None else OmegaConf.to_container(read_yaml(Path(path)))
-    for key in ("nodes", "processes_per_node"):  # written as numbers by most
-        if isinstance(values.get(key), int) and not isinstance(values.get(key), bool):
-            values[key] = str(values[key])
-    spec: LaunchConfig = read_structured(values, LaunchConfig)
+    spec: LaunchConfig = read_structured({} if path is None else read_yaml(path), LaunchConfig)
     validate_spec(spec)
     return spec
 

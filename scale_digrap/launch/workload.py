@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_digrap.config import config_to_yaml, load_config, validate_for_training
+from scale_digrap.config import load_config, validate_for_training
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.runtime.text import home
+from scale_digrap.settings import complete, to_yaml
 
 COMMANDS = ("train", "evaluate", "quickstart")
 
@@ -33,7 +35,10 @@ class Workload:
     """Where it leaves logs, checkpoints or results, and ``DONE``."""
 
     resolved: str
-    """The whole configuration as YAML; of ``quickstart`` nothing."""
+    """The whole configuration as YAML, secrets included: for files of mode 0600 only. Of ``quickstart`` nothing."""
+
+    steps: int | None = None
+    """Optimizer steps of ``train``, where the configuration names their number."""
 
 
 def load_workload(command: str, config: str | Path, overrides: Sequence[str] = ()) -> Workload:
@@ -42,17 +47,18 @@ def load_workload(command: str, config: str | Path, overrides: Sequence[str] = (
     Raises:
         ScaleDigrapError: what the command itself would refuse.
     """
+    config = home(str(config))
     if command == "quickstart":
         return Workload(command, "", tuple(overrides), _quickstart_folder(overrides), "")
     if command == "evaluate":
-        from scale_digrap.evaluation.evaluate_config import evaluate_config_to_yaml, load_evaluate_config
+        from scale_digrap.evaluation.evaluate_config import load_evaluate_config
 
         evaluated = load_evaluate_config(config, list(overrides))
-        resolved = evaluate_config_to_yaml(evaluated)
-        return Workload(command, str(config), tuple(overrides), Path(evaluated.out), resolved)
+        return Workload(command, config, tuple(overrides), Path(evaluated.out), to_yaml(complete(evaluated)))
     trained = load_config(config, overrides)
     validate_for_training(trained)
-    return Workload(command, str(config), tuple(overrides), Path(trained.run_dir), config_to_yaml(trained))
+    resolved = to_yaml(complete(trained))
+    return Workload(command, config, tuple(overrides), Path(trained.run_dir), resolved, steps=trained.training.steps)
 
 
 def _quickstart_folder(options: Sequence[str]) -> Path:
@@ -61,5 +67,5 @@ def _quickstart_folder(options: Sequence[str]) -> Path:
         if name == "--output":
             if not equals and position + 1 == len(options):
                 raise WorkloadError("--output of the quick-start names no folder")
-            return Path(value if equals else options[position + 1])
+            return Path(home(value if equals else options[position + 1]))
     return Path("runs/quickstart-smoke" if "--smoke" in options else "runs/quickstart")

@@ -169,5 +169,15 @@ def _deeper_than(text: str, limit: int) -> bool:
 
 
 def home(path: str) -> str:
-    """A path of a person's with ``~`` and ``~user`` expanded; URLs and other text stay as they are."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """A path of a person's with ``~`` and ``~user`` expanded; URLs and other text stay as they are.
+
+    Raises:
+        TextError: nobody knows whose home is meant: ``HOME`` is not set, or there is no such user.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise TextError(
+            f"{path}: no home folder is known for {path.split('/')[0]!r} (HOME is not set, or no such user): write the "
+            "whole path"
+        ) from None

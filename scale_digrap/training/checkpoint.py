@@ -29,6 +29,7 @@ from scale_digrap.config import Config
 from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.optim.portable import FlatRange, PortableStateError, read_metadata
+from scale_digrap.settings import shown
 from scale_digrap.training import manifest
 from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
@@ -265,8 +266,6 @@ class Checkpointer:
         return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
 
     def _meta(self, step: int) -> RunState:
-        from omegaconf import OmegaConf
-
         packages = ("torch", "transformers", "deepspeed", "peft", "scale-digrap")
         return RunState(
             version=_VERSION,
@@ -279,7 +278,7 @@ class Checkpointer:
             anchors=self.options.anchors,
             engine=self.config.sharding.engine,
             ranks=self._engine.world_size,
-            config=OmegaConf.to_container(OmegaConf.structured(self.config)),  # type: ignore[arg-type]
+            config=shown(self.config),
             versions={name: found for name in packages if (found := _version(name))},
         )
 

@@ -155,7 +155,7 @@ def plan(
         wise = check_alpha(wise)
     path = run_folder.whole(run, step)
     meta = read_meta(path)
-    config = config_from_dict(meta.config)
+    config = config_from_dict(meta.config, stored=True)
     if base is not None:
         config.model.path = base
     writer = _AdapterWriter if is_adapter(config) else _ModelWriter

@@ -15,6 +15,7 @@ import torch
 from scale_digrap.config import Config
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.optim.telemetry import LayerStats
+from scale_digrap.settings import shown
 
 
 class MetricsError(ScaleDigrapError):
@@ -80,7 +81,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise MetricsError("log.wandb=true needs Weights & Biases: pip install 'scale-digrap[wandb]'") from None
-        self._run = wandb.init(project=config.log.wandb_project, dir=config.run_dir, config=asdict(config))
+        self._run = wandb.init(project=config.log.wandb_project, dir=config.run_dir, config=shown(config))
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         self._run.log({name: value for name, value in figures.items() if value is not None}, step=step)
