@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import DataError, ReadError, SampleError, ShardDamage
 from scale_digrap.data.faults import FaultPolicy, retry
+from scale_digrap.data.fields import field_order, is_image
 from scale_digrap.data.index import (
-    IMAGE_EXTENSIONS,
     Manifest,
     ShardEntry,
     check_distinct,
     hash_shard,
-    image_number,
     load_index,
 )
-from scale_digrap.data.sample import VqaSample, parse_class, parse_json, parse_record
+from scale_digrap.data.sample import VqaSample, check_text, parse_class, parse_json, parse_record
 from scale_digrap.data.scan import ShardIndex
 from scale_digrap.data.store import ShardStore
 from scale_digrap.data.urls import basename, beside, is_local, scheme, show
@@ -35,7 +36,9 @@ from scale_digrap.data.urls import basename, beside, is_local, scheme, show
 _OPEN_SHARDS = 256
 _HEADER = 512
 _GAP = 1 << 16
-_LARGEST = 1 << 30
+_SMALLEST_QUESTION = 40
+
+log = logging.getLogger(__name__)
 
 
 class ShardDataset(torch.utils.data.Dataset[VqaSample]):
@@ -78,6 +81,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         self.remote = not all(is_local(url) for url in self.urls)
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
+        self._said: set[str] = set()
         self._lines: dict[int, ShardEntry] = {}
         manifests = self._manifests()
         listed = [name for manifest in manifests for name in manifest.classes or ()]
@@ -197,6 +201,14 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         if line is not None:
             if is_local(url):
                 self.store.path(url, line)  # compares the size
+            # A question takes more than this in JSON; a false number would be believed until memory runs out.
+            if not 0 <= line.samples <= line.bytes // _SMALLEST_QUESTION or line.bytes >= 1 << 62:
+                raise ShardDamage(
+                    show(url),
+                    None,
+                    f"its manifest says {line.samples} samples in {line.bytes} bytes, which cannot be: index the "
+                    "folder again",
+                )
             if line.layout:
                 return line
         index = self._index(number, line)
@@ -236,6 +248,13 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             raise ShardDamage(
                 self.name(shard), None, "its samples have changed since the data set was opened or indexed"
             )
+        if index.samples != entry.samples:
+            raise ShardDamage(
+                self.name(shard),
+                None,
+                f"has {index.samples} samples, its manifest says {entry.samples}: index the folder again",
+            )
+        self._say_unread(index)
         opened = _OpenShard(
             self.name(shard), self.store.path(self.urls[shard], self._lines.get(shard)), index, self.faults
         )
@@ -244,11 +263,22 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             self._shards.popitem(last=False)[1].close()
         return opened
 
+    def _say_unread(self, index: ShardIndex) -> None:
+        """Say once what lies in the shards and no loader reads: among several processes, the first one does."""
+        worker = torch.utils.data.get_worker_info()
+        new = [name for name in index.unread if name not in self._said]
+        if new and (worker is None or worker.id == 0):
+            log.warning(
+                "%s: members that are not read: %s (said once for each kind; `scale-digrap shards validate` counts)",
+                show(index.name),
+                ", ".join(f".{name}" for name in new),
+            )
+        self._said.update(new)
+
     # Decoding
 
     def _decode(self, opened: _OpenShard, record: int, question: int | None) -> VqaSample:
         data = opened.read(record)
-        images: list[Image.Image | bytes] = [self.decoder(part) for part in data.images]
         meta = self._meta(data)
         key = data.key
         if question is not None:
@@ -259,6 +289,8 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             grouped = meta.pop("questions", None)
             if grouped:
                 meta = {**meta, **grouped[0]}
+        check_text(meta)
+        images = decode_all(self.decoder, data.images)
         return VqaSample(
             key=key,
             image=images[0] if images else None,
@@ -288,6 +320,13 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         return {"class": number, **own, **named}
 
 
+def decode_all(decoder: Callable[[bytes], Any], images: Sequence[bytes]) -> list[Image.Image | bytes]:
+    """The pictures of a record, after a look at what all of them would take."""
+    if isinstance(decoder, ImageDecoder):
+        decoder.check(images)
+    return [decoder(image) for image in images]
+
+
 @dataclass
 class _Record:
     """The fields of a record as they are stored."""
@@ -304,10 +343,7 @@ class _OpenShard:
     def __init__(self, name: str, path: Path, index: ShardIndex, faults: FaultPolicy) -> None:
         self.name, self.path, self.index, self.faults = name, path, index, faults
         # The columns that are read, in the order of the images; others (a pickle, say) are never even read.
-        numbered = sorted(
-            (name for name in index.fields if image_number(name) is not None), key=lambda name: image_number(name) or 0
-        )
-        wanted = [name for name in ("json", "cls", *IMAGE_EXTENSIONS) if name in index.fields] + numbered
+        wanted = sorted((name for name in index.fields if name in ("json", "cls") or is_image(name)), key=field_order)
         self._wanted = [(field, index.fields.index(field)) for field in wanted]
         grouped = len(index.questions) > 0 and int(index.questions.max()) > 1
         self._ends: list[int] | None = np.cumsum(index.questions).tolist() if grouped else None
@@ -332,8 +368,7 @@ class _OpenShard:
         parts = [(field, *spans[column]) for field, column in wanted if spans[column][1] >= 0]
         if not parts:
             raise ShardDamage(self.name, None, f"record {key!r} has no field that can be read")
-        if sum(size for _, _, size in parts) > _LARGEST:
-            raise SampleError(f"its fields are larger than {_LARGEST >> 20} MiB together")
+        limits.check_sizes({field: size for field, _, size in parts})
         low = min(offset for _, offset, _ in parts) - _HEADER
         high = max(offset + size for _, offset, size in parts)
         found = _Record(key, None, None, [])

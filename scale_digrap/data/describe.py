@@ -12,7 +12,7 @@ from typing import Any
 
 from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import SampleError
-from scale_digrap.data.index import IMAGE_EXTENSIONS, image_number
+from scale_digrap.data.fields import image_number, is_image
 from scale_digrap.data.progress import bar
 from scale_digrap.data.sample import parse_class, parse_json
 from scale_digrap.data.scan import ShardIndex, scan_shard
@@ -101,7 +101,7 @@ def _figures(job: tuple[Shard, ShardStore]) -> Figures:
             spans = _fields(index, record)
             figures.fields.update(spans.keys())
             figures.field_bytes.update({name: size for name, (_, size) in spans.items()})
-            figures.images[sum(_is_image(name) for name in spans)] += 1
+            figures.images[sum(is_image(name) for name in spans)] += 1
             if "cls" in spans:
                 figures.classes[parse_class(_read(file.fileno(), spans["cls"]))] += 1
             if "json" in spans:
@@ -171,7 +171,7 @@ def peek(
 
 def _peek(shard: Shard, index: ShardIndex, row: int, descriptor: int) -> tuple[Peeked, list[bytes]]:
     spans = _fields(index, row)
-    names = sorted((name for name in spans if _is_image(name)), key=lambda name: image_number(name) or 0)
+    names = sorted((name for name in spans if is_image(name)), key=lambda name: image_number(name) or 0)
     contents = [_read(descriptor, spans[name]) for name in names]
     return Peeked(
         shard=shard.name,
@@ -199,10 +199,6 @@ def printable(text: str) -> str:
 def as_json(content: Any) -> str:
     """JSON for people: indented, in their script."""
     return printable(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def _is_image(name: str) -> bool:
-    return name in IMAGE_EXTENSIONS or image_number(name) is not None
 
 
 def _fields(index: ShardIndex, record: int) -> dict[str, tuple[int, int]]:

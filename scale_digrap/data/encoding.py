@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from scale_digrap.data.decode import ImageDecoder, orientation, to_rgb, upright, without_metadata
+from scale_digrap.data.errors import SampleError
 from scale_digrap.data.shards import ShardWriteError, image_extension, image_fields
 from scale_digrap.data.sources.records import Record
 from scale_digrap.data.written import WriteOptions
 
 _CHUNK = 8
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_DECODER = ImageDecoder()
 MISSING = "no such file"
 
 
@@ -94,6 +96,8 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
             raise ShardWriteError(f"cannot read {path}: {error.strerror}. The same command goes on from here") from None
         try:
             images.append(_picture(data, options))
+        except SampleError as error:
+            return Unreadable(path, str(error))
         except UnidentifiedImageError:  # its own text holds a memory address
             return Unreadable(path, "not a picture in a known format")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
@@ -113,24 +117,36 @@ def _picture(data: bytes, options: WriteOptions) -> tuple[str, bytes]:
                 f"neither JPEG, PNG nor WebP (starts with {data[:8]!r}); with resize it would be converted"
             )
         return extension, data
+    if options.verify and extension is not None:
+        _DECODER(data)
+        if options.resize is None:
+            return extension, data
+    try:
+        return _reduced(data, extension, options) or (extension or "", data)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception:
+        bare = without_metadata(data)
+        if bare is None:
+            raise
+        return _reduced(bare, extension, options) or (extension or "", data)
+
+
+def _reduced(data: bytes, extension: str | None, options: WriteOptions) -> tuple[str, bytes] | None:
+    """The picture made smaller, or in a format that is read; None if its file can be stored as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         smaller = _smaller(image.size, options)
         if smaller is None and extension is not None:
-            if options.verify:
-                image.load()
-            return extension, data
+            return None
         if extension is None and options.resize is None:
             raise ValueError(f"{image.format}, neither JPEG, PNG nor WebP; with resize it would be converted")
         if smaller is not None:
             image.draft("RGB", smaller)  # a JPEG decodes at a fraction of its size, never below this one
         profile = image.info.get("icc_profile")
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits a pixel: PIL's own conversion would cut what is above 255
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        picture = upright.convert("RGB")
+        on_its_side = orientation(image) in (5, 6, 7, 8)
+        picture = to_rgb(upright(image))
     if smaller is not None:
         picture = picture.resize(smaller[::-1] if on_its_side else smaller, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -7,7 +7,6 @@ reading is retried, and then it is an error; a broken shard is an error at once.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from scale_digrap.data.errors import DataError, TooManyBadSamples
+from scale_digrap.runtime.text import write_json
 
 T = TypeVar("T")
 
@@ -96,8 +96,8 @@ class BadSampleLog:
         if self.path is None or not samples:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        with self.path.open("a", encoding="utf-8") as file:  # ASCII: keys need not be UTF-8
+            file.writelines(write_json(asdict(sample)) + "\n" for sample in samples)
 
 
 def retry(read: Callable[[], T], *, retries: int, backoff_s: float, again: Callable[[], None]) -> T:

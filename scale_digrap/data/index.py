@@ -24,15 +24,13 @@ from typing import Any
 import numpy as np
 
 from scale_digrap.data.errors import DataError
-from scale_digrap.data.scan import IMAGE_EXTENSIONS, Keys, ShardIndex, image_number, scan_shard
+from scale_digrap.data.scan import RULES, Keys, ShardIndex, scan_shard
 
 __all__ = [
-    "IMAGE_EXTENSIONS",
     "Manifest",
     "ShardEntry",
     "ShardIndex",
     "hash_shard",
-    "image_number",
     "index_shards",
     "load_index",
     "scan_shard",
@@ -236,13 +234,8 @@ def check_distinct(entries: Sequence[ShardEntry], sha256: Callable[[int], str] |
 def _entry(job: tuple[Path, Path | None, tuple[str, ...]]) -> ShardEntry:
     path, cache_dir, require = job
     index = hash_shard(path, load_index(path, cache_dir=cache_dir, require=require), cache_dir=cache_dir)
-    if index.ignored[1]:
-        log.warning(
-            "%s: %d members belong to no sample (no extension, or hidden): %s",
-            path,
-            index.ignored[1],
-            ", ".join(index.ignored[0]),
-        )
+    for note in index.notes():
+        log.warning("%s: %s", path, note)
     return ShardEntry(path.name, index.size, index.samples, index.sha256, index.layout)
 
 
@@ -282,7 +275,7 @@ def _parse(data: mmap.mmap, name: str, stat: os.stat_result, sha256: str) -> Sha
     length = int(data[len(_MAGIC) : start])
     header = json.loads(data[start : start + length])
     unchanged = header["mtime_ns"] == stat.st_mtime_ns or (sha256 and header["sha256"] == sha256)
-    if header["size"] != stat.st_size or not unchanged:
+    if header["size"] != stat.st_size or not unchanged or header.get("rules") != RULES:
         return None
     fields, records = header["fields"], header["records"]
     offset = start + length
@@ -318,6 +311,7 @@ def _store(index: ShardIndex, places: Sequence[Path], path: Path, stat: os.stat_
         "text": len(keys.text),
         "layout": index.layout,
         "require": index.require,
+        "rules": RULES,
         "sha256": index.sha256,
         "ignored": index.ignored,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from scale_digrap.data.salvage import Found, Stretch, salvage
 from scale_digrap.data.scan import scan_shard
 from scale_digrap.data.shards import ShardFile, ShardWriteError
 from scale_digrap.data.store import MANIFEST_NAME, ShardStore
-from scale_digrap.data.validate import BadRecord, Shard, in_parallel, undecodable
+from scale_digrap.data.validate import BadRecord, Shard, in_parallel, unusable
+from scale_digrap.runtime.text import write_json
 
 REPORT_NAME = "repaired.json"
 
@@ -108,7 +108,8 @@ def repair_shards(
         manifest.classes = _classes(shards, store)
         manifest.save(staging / MANIFEST_NAME)
         content = [asdict(repair) for repair in repairs if not repair.whole]
-        (staging / REPORT_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        # ASCII: keys need not be UTF-8.
+        (staging / REPORT_NAME).write_text(write_json(content, indent=1) + "\n", encoding="utf-8")
         os.rename(staging, folder)
         sync_folder(folder.parent)
     except OSError as error:
@@ -123,7 +124,7 @@ def _look(job: _Job) -> tuple[ShardRepair, list[Found]]:
     path = job.store.path(job.shard.url)
     try:
         index = scan_shard(path, require=job.require)
-        if not (job.decode and undecodable(path, index, job.shard.classes)):
+        if not unusable(path, index, job.shard.classes, decode=job.decode):
             return ShardRepair(job.shard.name, whole=True, kept=len(index.keys)), []
     except ShardDamage:
         pass

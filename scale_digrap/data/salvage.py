@@ -6,7 +6,6 @@ without its picture looks like a text-only sample), so the record before it and 
 
 from __future__ import annotations
 
-import mmap
 import os
 import tarfile
 from collections import Counter
@@ -15,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder
-from scale_digrap.data.errors import SampleError, ShardDamage
-from scale_digrap.data.index import IMAGE_EXTENSIONS, image_number
-from scale_digrap.data.scan import _KEY, _LONGEST_TAIL, _META, _Walk
-from scale_digrap.data.validate import check_field
+from scale_digrap.data.errors import ShardDamage
+from scale_digrap.data.fields import is_read
+from scale_digrap.data.scan import _LONGEST_TAIL, BoundedFile, Walk, key_of, loose_picture, may_be_loose
+from scale_digrap.data.validate import record_problem
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_AT = b"ustar", 257
+_WINDOW = 1 << 20
 
 
 @dataclass
@@ -67,11 +68,15 @@ def salvage(
                     found[-1].problem = f"may have lost members: byte {item.offset} and after cannot be read"
                 after_damage = True
                 continue
-            match = _KEY.match(item.name)
-            if match is None or _META.match(item.name):
+            key = key_of(item.name)
+            if key is None:
+                if may_be_loose(item.name) and (problem := loose_picture(file, item.offset_data, item.size)):
+                    # Also a record of this key is given up then: it may be the question about this picture.
+                    found.append(Found(item.name, item.offset, problem=problem))
+                    after_damage = False
                 continue
-            if after_damage or match[1] != found[-1].key:
-                found.append(Found(match[1], item.offset))
+            if after_damage or key != found[-1].key:
+                found.append(Found(key, item.offset))
                 if after_damage and stretches:
                     found[-1].problem = f"may have lost members: what lies before byte {item.offset} cannot be read"
                 after_damage = False
@@ -90,21 +95,19 @@ def _check(
     one: Found, file: BinaryIO, path: Path, require: tuple[str, ...], decoder: ImageDecoder | None, classes: int | None
 ) -> None:
     """Judge a record by the rules of an index, as if it were alone."""
-    walk = _Walk(str(path), os.fstat(file.fileno()).st_size, require)
+    walk = Walk(str(path), os.fstat(file.fileno()).st_size, require)
     try:
         for member in one.members:
             walk.member(member)
-        walk._check_record()
-        one.samples = int(walk.questions(file).sum())
-        one.fields = walk.records[one.key]
-        for name, (offset, size) in one.fields.items():
-            if decoder is not None and (name == "cls" or name in IMAGE_EXTENSIONS or image_number(name) is not None):
-                file.seek(offset)
-                check_field(name, file.read(size), decoder, classes)
+        one.samples = walk.alone(file)
     except ShardDamage as damage:
-        one.problem = damage.problem
-    except SampleError as error:
-        one.problem = f".{name}: {error}"
+        one.problem = damage.problem.removeprefix(f"sample {one.key!r}: ").removeprefix(f"sample {one.key!r} ")
+        return
+    one.fields = walk.records[one.key]
+    one.problem = record_problem(file, {n: span for n, span in one.fields.items() if is_read(n)}, decoder, classes)
+    size = sum(size for _, size in one.fields.values())
+    if one.problem is None and size > limits.RECORD_BYTES:
+        one.problem = f"its members have {size:,} bytes together, the limit is {limits.RECORD_BYTES:,}"
 
 
 def _items(file: BinaryIO) -> Iterator[tarfile.TarInfo | Stretch]:
@@ -114,44 +117,50 @@ def _items(file: BinaryIO) -> Iterator[tarfile.TarInfo | Stretch]:
         yield Stretch(0, 0)
         return
     position = 0
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while position < size:
-            end = position
-            for member in _members(file, position):
-                content = member.size if member.isfile() else 0
-                if member.offset_data + content > size:
-                    break
-                if not member.isdir():
-                    yield member
-                end = min(member.offset_data + -(-content // _BLOCK) * _BLOCK, size)
-            tail = data[end : end + _LONGEST_TAIL + 1]
-            if not tail.strip(b"\0") and 2 * _BLOCK <= len(tail) <= _LONGEST_TAIL and (size - end) % _BLOCK == 0:
-                return
-            following = _next_header(data, end + 1)
-            yield Stretch(end, (size if following is None else following) - end)
-            if following is None:
-                return
-            position = following
+    while position < size:
+        end = position
+        for member in _members(file, position):
+            content = member.size if member.isfile() else 0
+            if member.offset_data + content > size:
+                break
+            if not member.isdir():
+                yield member
+            end = min(member.offset_data + -(-content // _BLOCK) * _BLOCK, size)
+        tail = os.pread(file.fileno(), _LONGEST_TAIL + 1, end)
+        if not tail.strip(b"\0") and 2 * _BLOCK <= len(tail) <= _LONGEST_TAIL and (size - end) % _BLOCK == 0:
+            return
+        following = _next_header(file, end + 1, size)
+        yield Stretch(end, (size if following is None else following) - end)
+        if following is None:
+            return
+        position = following
 
 
 def _members(file: BinaryIO, position: int) -> Iterator[tarfile.TarInfo]:
     """Members from a header on, until one is not a header."""
     file.seek(position)
     try:
-        yield from tarfile.TarFile(fileobj=file, mode="r")  # type: ignore[arg-type]
-    except (tarfile.TarError, ValueError, OverflowError, EOFError):
+        yield from tarfile.TarFile(fileobj=BoundedFile(file), mode="r")  # type: ignore[arg-type]
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError):
         return
 
 
-def _next_header(data: mmap.mmap, position: int) -> int | None:
-    """The first valid header at or after a position, wherever it lies; None if there is none."""
-    while True:
-        magic = data.find(_MAGIC, position + _MAGIC_AT)
-        if magic < 0:
-            return None
-        start = magic - _MAGIC_AT
-        try:
-            tarfile.TarInfo.frombuf(data[start : start + _BLOCK], "utf-8", "surrogateescape")
-            return start
-        except tarfile.HeaderError:
-            position = start + 1
+def _next_header(file: BinaryIO, position: int, size: int) -> int | None:
+    """The first valid header at or after a position, wherever it lies; None if there is none.
+
+    Looked for window by window: a shard may be larger than the memory, or than the addresses that a process may use.
+    """
+    while position < size:
+        window = os.pread(file.fileno(), _WINDOW + _BLOCK, position)
+        place = 0
+        while (magic := window.find(_MAGIC, place + _MAGIC_AT)) >= 0:
+            start = magic - _MAGIC_AT
+            if start >= _WINDOW:
+                break
+            try:
+                tarfile.TarInfo.frombuf(window[start : start + _BLOCK], "utf-8", "surrogateescape")
+                return position + start
+            except tarfile.HeaderError:
+                place = start + 1
+        position += _WINDOW
+    return None

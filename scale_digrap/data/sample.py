@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from scale_digrap.data import limits
 from scale_digrap.data.errors import SampleError
+from scale_digrap.runtime import text
 
 
 @dataclass
@@ -63,6 +64,8 @@ def parse_record(data: bytes) -> dict[str, Any]:
     questions = meta["questions"]
     if not isinstance(questions, list) or not questions:
         raise SampleError("'questions' in its .json must be a list of one or more questions")
+    if len(questions) > limits.QUESTIONS:
+        raise SampleError(f"its .json has {len(questions):,} questions, the limit is {limits.QUESTIONS:,}")
     for number, question in enumerate(questions):
         if not isinstance(question, dict):
             raise SampleError(f"question {number} in its .json must be an object, got {type(question).__name__}")
@@ -70,16 +73,44 @@ def parse_record(data: bytes) -> dict[str, Any]:
     return meta
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object.
+def check_text(meta: dict[str, Any]) -> None:
+    """Refuse the text of a question that no tokenizer or file takes, or that is larger than any real one.
+
+    A record with such text is whole; like a picture that cannot be decoded, it is a bad sample, not a damaged shard.
+
+    Args:
+        meta: a question with its answers, of a record that :func:`parse_record` has checked.
 
     Raises:
-        SampleError: anything else.
+        SampleError: lone surrogates, which are halves of characters; or over a limit of `scale_digrap.data.limits`.
     """
+    if len(meta["answers"]) > limits.ANSWERS:
+        raise SampleError(f"its question has {len(meta['answers']):,} answers, the limit is {limits.ANSWERS:,}")
+    parts = [("question", meta["question"], limits.QUESTION_CHARACTERS)]
+    parts += [("answer", answer, limits.ANSWER_CHARACTERS) for answer in meta["answers"]]
+    parts.append(("question_id", str(meta["question_id"]), limits.ANSWER_CHARACTERS))
+    for name, value, limit in parts:
+        if len(value) > limit:
+            raise SampleError(f"its {name} has {len(value):,} characters, the limit is {limit:,}")
+        if text.has_surrogates(value):
+            raise SampleError(
+                f"its {name} holds half a character (a lone surrogate): '{text.one_line(value, 80)}'. Whatever wrote "
+                "it has cut a character in two"
+            )
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        SampleError: anything else; a number that is not finite; nested or larger than any real one.
+    """
+    if len(data) > limits.JSON_BYTES:
+        raise SampleError(f"its .json has {len(data):,} bytes, the limit is {limits.JSON_BYTES:,}")
     try:
-        meta = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"its .json is not valid JSON: {error}") from None
+        meta = text.parse_json(data, "its .json")
+    except text.TextError as error:
+        raise SampleError(str(error).replace("is not JSON", "is not valid JSON")) from None
     if not isinstance(meta, dict):
         raise SampleError(f"its .json must be an object, got {type(meta).__name__}")
     return meta
@@ -101,7 +132,8 @@ def _check_question(meta: dict[str, Any], where: str) -> None:
     for name, kind in (("question", str), ("answers", list), ("question_id", (str, int))):
         if name not in meta:
             raise SampleError(f"{where} lacks {name!r}")
-        if not isinstance(meta[name], kind):
+        if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
             raise SampleError(f"{where}: {name!r} has type {type(meta[name]).__name__}")
     if not meta["answers"] or not all(isinstance(answer, str) for answer in meta["answers"]):
-        raise SampleError(f"{where}: 'answers' must be a list of one or more strings, got {meta['answers']!r}")
+        shown = text.one_line(repr(meta["answers"][:20]), 200)
+        raise SampleError(f"{where}: 'answers' must be a list of one or more strings, got {shown}")

@@ -13,14 +13,19 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
+from scale_digrap.data import fields, limits
 from scale_digrap.data.errors import SampleError, ShardDamage
+from scale_digrap.data.fields import image_number, is_image
 from scale_digrap.data.sample import parse_class, parse_json, parse_record
+from scale_digrap.data.sidecars import is_sidecar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+RULES = 2
+"""Raised when a scan refuses or reads what it did not before: an index made by other rules is made anew."""
+
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset.tariterators.base_plus_ext
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset.tariterators.tar_file_iterator leaves these out
 _BLOCK = 512
@@ -84,7 +89,8 @@ class ShardIndex:
         layout: digest of keys, spans and questions: equal for equal shards wherever they lie.
         require: what :func:`scan_shard` was told to require.
         sha256: of the whole file, in hexadecimal; empty until :func:`index_shards` has read the file.
-        ignored: names of the first members that belong to no record by webdataset's rules, and their number.
+        ignored: names of the first members that belong to no record (no extension, hidden, or what a system has left
+            there), and their number.
     """
 
     name: str
@@ -103,6 +109,25 @@ class ShardIndex:
         """Questions in the shard."""
         return int(self.questions.sum())
 
+    @property
+    def unread(self) -> dict[str, int]:
+        """Fields that nothing reads (``npy``, ``txt``, ``pyd``, …) → records that have them."""
+        found = {column: name for column, name in enumerate(self.fields) if not fields.is_read(name)}
+        return {name: int((self.spans[:, column, 1] >= 0).sum()) for column, name in found.items()}
+
+    def notes(self) -> list[str]:
+        """What a loader leaves out of this shard though nothing is wrong with it: one line each."""
+        found = []
+        if self.ignored[1]:
+            found.append(
+                f"{self.ignored[1]} members belong to no sample (no extension, hidden, or left there by a system): "
+                + ", ".join(self.ignored[0])
+            )
+        if self.unread:
+            counted = ", ".join(f".{name} ({count} records)" for name, count in self.unread.items())
+            found.append(f"members that are not read: {counted}")
+        return found
+
 
 def scan_shard(path: Path, *, require: Sequence[str] = ("json",)) -> ShardIndex:
     """Walk a tar file's headers once and check every record.
@@ -118,18 +143,18 @@ def scan_shard(path: Path, *, require: Sequence[str] = ("json",)) -> ShardIndex:
     """
     path = Path(path)
     with open(path, "rb") as file:
-        walk = _Walk(str(path), os.fstat(file.fileno()).st_size, tuple(require))
+        walk = Walk(str(path), os.fstat(file.fileno()).st_size, tuple(require))
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=BoundedFile(file), mode="r:") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     walk.member(member)
                 end = tar.offset
-        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            raise ShardDamage(str(path), walk.end, f"not a whole tar file: {error}") from None
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+            raise ShardDamage(str(path), walk.end, _no_tar(file, error)) from None
         file.seek(end)
         walk.finish(end, file.read(_LONGEST_TAIL + 1))
         questions = walk.questions(file)
-    names = sorted({name for parts in walk.records.values() for name in parts}, key=_field_order)
+    names = sorted({name for parts in walk.records.values() for name in parts}, key=fields.field_order)
     spans = np.full((len(walk.records), len(names), 2), -1, dtype=np.int64)
     columns = {name: column for column, name in enumerate(names)}
     for row, parts in enumerate(walk.records.values()):
@@ -149,7 +174,46 @@ def scan_shard(path: Path, *, require: Sequence[str] = ("json",)) -> ShardIndex:
     )
 
 
-class _Walk:
+def key_of(name: str) -> str | None:
+    """The key that a member belongs to; None for what belongs to no record: a name without an extension, a hidden
+    file, webdataset's own notes (``__name__``), and what systems leave behind."""
+    match = _KEY.match(name)
+    if match is None or match[1].endswith("/") or _META.match(name) or is_sidecar(name):  # "a/.b" has the key "a/"
+        return None
+    return match[1]
+
+
+def may_be_loose(name: str) -> bool:
+    """Whether a member without a key may be a picture that has lost its extension."""
+    return "." not in name.rpartition("/")[2] and not _META.match(name) and not is_sidecar(name)
+
+
+def loose_picture(file: BinaryIO, start: int, size: int) -> str | None:
+    """What is wrong with a member without an extension, if it is a picture."""
+    kind = fields.picture_format(_read(file, (start, min(size, fields.SNIFFED))), size)
+    if kind is None:
+        return None
+    return (
+        f"is a {kind} picture without an extension, so it belongs to no sample: name it KEY.jpg (or .png, .webp), next "
+        "to KEY.json"
+    )
+
+
+class BoundedFile:
+    """A file of which `tarfile` may read headers and no more: a header that says that its name has gigabytes would
+    otherwise be believed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= limits.HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes; the limit is {limits.HEADER_BYTES}")
+        return self._file.read(size)
+
+
+class Walk:
     """The records of one shard as they come by."""
 
     def __init__(self, shard: str, size: int, require: tuple[str, ...]) -> None:
@@ -158,12 +222,19 @@ class _Walk:
         self.starts: dict[str, int] = {}
         self.ignored: list[str] = []
         self.end = 0
+        self.problem: ShardDamage | None = None
+        """What is wrong with the first record that is not whole. Raised last: that members lie apart, or that the
+        archive is damaged further on, is the reason for it and says more."""
+        self._loose: list[tuple[str, int, int, int]] = []  # members without an extension: name, offset, data, size
         self._current: str | None = None
         self._extensions: set[str] = set()
 
     def member(self, member: tarfile.TarInfo) -> None:
         self.end = member.offset
         if member.isdir():
+            return
+        if is_sidecar(member.name):
+            self.ignored.append(member.name)
             return
         if not member.isreg() or member.sparse is not None:
             kind = "sparse" if member.isreg() else "a link or device"
@@ -172,18 +243,21 @@ class _Walk:
             raise ShardDamage(
                 self.shard, member.offset, f"cut off inside {member.name!r}: the file ends at {self.size}"
             )
-        match = _KEY.match(member.name)
-        if match is None or _META.match(member.name):
+        key = key_of(member.name)
+        if key is None:
             self.ignored.append(member.name)
+            if may_be_loose(member.name):
+                self._loose.append((member.name, member.offset, member.offset_data, member.size))
             return
-        key, extension = match[1], match[2].lower()
+        extension = member.name[len(key) + 1 :].lower()
         if key != self._current:
             if key in self.records:
                 raise ShardDamage(
                     self.shard,
                     member.offset,
                     f"the members of key {key!r} do not lie together: {member.name!r} comes after other samples, so "
-                    "that a reader of webdataset shards would make two incomplete samples of them",
+                    "that a reader of webdataset shards would make two incomplete samples of them. Pack the files "
+                    "again in the order of their names: `tar --sort=name -cf NEW.tar -C FOLDER .`",
                 )
             self._check_record()
             self._current = key
@@ -219,48 +293,114 @@ class _Walk:
                 f"zeros from here to the end at {self.size}, which is more than the padding of an archive: members "
                 "were overwritten or never downloaded",
             )
+        if self.problem is not None:
+            raise self.problem
+
+    def alone(self, file: BinaryIO) -> int:
+        """The questions of a record that is looked at alone; raises what is wrong with it."""
+        self._check_record()
+        if self.problem is not None:
+            raise self.problem
+        return int(self.questions(file).sum())
 
     def questions(self, file: BinaryIO) -> np.ndarray:
-        """int32 [records]: how many questions each record holds, after reading and checking its JSON."""
+        """int32 [records]: how many questions each record holds, after reading and checking its JSON; also looks for
+        pictures that no loader would read."""
         counts = np.ones(len(self.records), dtype=np.int32)
+        hidden: list[tuple[str, str, str]] = []
         for row, (key, parts) in enumerate(self.records.items()):
             try:
-                if "cls" in parts:
-                    parse_class(_read(file, parts["cls"]))
-                    if "json" in parts:
-                        meta = parse_json(_read(file, parts["json"]))
-                        if "question" in meta or "questions" in meta:
-                            counts[row] = len(parse_record(_read(file, parts["json"])).get("questions", "1"))
-                elif "json" in parts:
-                    counts[row] = len(parse_record(_read(file, parts["json"])).get("questions", "1"))
+                counts[row] = _count_questions(file, parts)
             except SampleError as error:
                 raise ShardDamage(self.shard, self.starts[key], f"sample {key!r}: {error}") from None
+            hidden += [(key, name, problem) for name, problem in _unread_pictures(file, parts)]
+        if hidden:
+            key, name, problem = hidden[0]
+            counted: dict[str, int] = {}
+            for _, other, _ in hidden:
+                counted[other] = counted.get(other, 0) + 1
+            total = ""
+            if len(hidden) > 1:
+                total = "; in this shard: " + ", ".join(f".{one} in {count} records" for one, count in counted.items())
+            raise ShardDamage(self.shard, self.starts[key], f"sample {key!r}: its .{name} {problem}{total}")
+        for member, offset, start, size in self._loose:
+            if problem := loose_picture(file, start, size):
+                raise ShardDamage(self.shard, offset, f"member {member!r} {problem}")
         return counts
 
     def _check_record(self) -> None:
-        if self._current is None:
+        if self._current is None or self.problem is not None:
             return
-        parts = self.records[self._current]
-        pictures = [name for name in parts if name in IMAGE_EXTENSIONS]
-        numbered = [name for name in parts if image_number(name) is not None]
-        problem = None
-        for name in self.require:
-            met = name in parts or (name == "json" and "cls" in parts)
-            if not (met or (name == "image" and (pictures or numbered))):
-                problem = f"has no .{name} (found {', '.join(sorted(parts))})"
-        numbers = sorted(number for name in numbered if (number := image_number(name)) is not None)
-        if len(pictures) > 1 or (pictures and numbered):
-            problem = f"has more than one image: {', '.join(sorted(pictures + numbered))}; name them .0.jpg, .1.jpg, …"
-        elif numbers != list(range(len(numbers))):
-            problem = f"has images numbered {numbers}, expected 0, 1, … without gaps"
+        problem = _record_problem(self.records[self._current], self.require)
         if problem:
-            raise ShardDamage(self.shard, self.starts[self._current], f"sample {self._current!r} {problem}")
+            self.problem = ShardDamage(self.shard, self.starts[self._current], f"sample {self._current!r} {problem}")
 
 
-def image_number(name: str) -> int | None:
-    """The number of a numbered image field such as ``0.jpg``; None for every other field."""
-    number, _, extension = name.partition(".")
-    return int(number) if extension in IMAGE_EXTENSIONS and number.isdecimal() and len(number) < 4 else None
+def _record_problem(parts: dict[str, Any], require: Sequence[str]) -> str | None:
+    """What is wrong with a record by the names of its members alone."""
+    pictures = [name for name in parts if is_image(name)]
+    dotted = [name for name in parts if name.endswith((".json", ".cls"))]
+    for name in require:
+        met = name in parts or (name == "json" and "cls" in parts)
+        if met or (name == "image" and pictures):
+            continue
+        if dotted and name == "json":
+            return (
+                f"has no .json, but .{dotted[0]}: a key ends at the first dot of a file's name, so that files such as "
+                f"*.{dotted[0]} are taken for parts of one sample. Replace the other dots in the names, by '_' say"
+            )
+        return f"has no .{name} (found {', '.join(sorted(parts))})"
+    numbers = sorted(number for name in pictures if (number := image_number(name)) is not None)
+    if len(pictures) > 1 and len(numbers) < len(pictures):
+        return (
+            f"has more than one image: {', '.join(sorted(pictures))}; name them .0.jpg, .1.jpg, … in their order, or "
+            "take out what the model is not to see"
+        )
+    if numbers != list(range(len(numbers))):
+        return f"has images numbered {numbers}, expected 0, 1, … without gaps"
+    return None
+
+
+def _count_questions(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> int:
+    limits.check_sizes({name: parts[name][1] for name in ("json", "cls") if name in parts})
+    if "cls" in parts:
+        parse_class(_read(file, parts["cls"]))
+        if "json" not in parts:
+            return 1
+        meta = parse_json(_read(file, parts["json"]))
+        if "question" not in meta and "questions" not in meta:
+            return 1
+    elif "json" not in parts:
+        return 1
+    return len(parse_record(_read(file, parts["json"])).get("questions", "1"))
+
+
+def _unread_pictures(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Fields that are pictures which no loader reads, and why it does not."""
+    for name, (start, size) in parts.items():
+        if not fields.needs_look(name):
+            continue
+        kind = fields.picture_format(_read(file, (start, min(size, fields.SNIFFED))), size)
+        if is_image(name):
+            if kind not in fields.READ:
+                what = f"is a {kind} picture" if kind else "is no picture in a known format"
+                yield name, f"{what}, and only JPEG, PNG and WebP are read: convert it, or take it out"
+        elif kind is not None:
+            yield name, f"is a {kind} picture under a name that is not read: call it .jpg, .png or .webp"
+
+
+def _no_tar(file: BinaryIO, error: BaseException) -> str:
+    """Why a file is no tar, in words that lead to the fix."""
+    file.seek(0)
+    head = file.read(fields.SNIFFED)
+    if kind := fields.compression(head):
+        return (
+            f"is compressed ({kind}): samples are read by their place in the file, so shards must be plain tar files. "
+            f"Unpack it ({'gunzip' if kind == 'gzip' else kind + ' -d'})"
+        )
+    if other := fields.other_file(head):
+        return f"is {other}"
+    return f"not a whole tar file: {str(error) or type(error).__name__}"
 
 
 def _read(file: BinaryIO, span: tuple[int, int]) -> bytes:
@@ -268,15 +408,9 @@ def _read(file: BinaryIO, span: tuple[int, int]) -> bytes:
     return file.read(span[1])
 
 
-def _field_order(name: str) -> tuple[int, int, str]:
-    """json first, then images by number, then the rest by name."""
-    number = image_number(name)
-    return (0 if name == "json" else 1 if number is not None else 2, number or 0, name)
-
-
-def _layout(keys: Sequence[str], fields: Sequence[str], spans: np.ndarray, questions: np.ndarray) -> str:
+def _layout(keys: Sequence[str], names: Sequence[str], spans: np.ndarray, questions: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*keys, "", *fields):
+    for part in (*keys, "", *names):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
     digest.update(spans.astype("<i8").tobytes())
     digest.update(questions.astype("<i4").tobytes())

@@ -110,6 +110,7 @@ def validate(arguments: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=1))
     else:
         _print_findings(bad)
+        _print_notes(reports)
         samples, total = sum(report.samples for report in reports), sum(report.bytes for report in reports)
         checked = f"{len(reports)} shards, {samples} samples, {_human(total)}"
         print(f"{checked}: {'all whole' if not bad else f'{len(bad)} shards with damage'}")
@@ -125,6 +126,19 @@ def _print_findings(bad: Sequence[ShardReport]) -> None:
             print(printable(f"{report.shard}, byte {record.offset}: sample {record.key!r} {record.problem}"))
         if len(report.bad) > _SHOWN:
             print(f"{report.shard}: and {len(report.bad) - _SHOWN} more bad samples (--json lists all)")
+
+
+def _print_notes(reports: Sequence[ShardReport]) -> None:
+    """What a loader leaves out: alike in many shards, so the same note is printed once, with their number."""
+    shards: dict[str, list[str]] = {}
+    for report in reports:
+        for note in report.notes:
+            shards.setdefault(note, []).append(report.shard)
+    for note, names in list(shards.items())[:_SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(printable(f"{names[0]}{more}: {note}"))
+    if len(shards) > _SHOWN:
+        print(f"and {len(shards) - _SHOWN} more notes (--json lists all)")
 
 
 def info(arguments: argparse.Namespace) -> int:

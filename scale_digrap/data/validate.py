@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
+from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import DataError, SampleError, ShardDamage
-from scale_digrap.data.index import IMAGE_EXTENSIONS, Manifest, ShardEntry, image_number
+from scale_digrap.data.fields import is_image
+from scale_digrap.data.index import Manifest, ShardEntry
 from scale_digrap.data.progress import bar
-from scale_digrap.data.sample import parse_class
+from scale_digrap.data.sample import check_text, parse_class, parse_json
 from scale_digrap.data.scan import ShardIndex, scan_shard
+from scale_digrap.data.sidecars import is_sidecar
 from scale_digrap.data.store import MANIFEST_NAME, ShardStore
 from scale_digrap.data.urls import basename, is_local, local_path, show
 
@@ -41,7 +43,8 @@ class ShardReport:
         shard: path or URL.
         bytes, records, samples: 0 where they could not be counted.
         damage: what is wrong with the shard as a whole, or None; at byte `offset`, if it has a place.
-        bad: records that cannot be decoded; looked for only when asked.
+        bad: records that no loader can use: text, sizes, and, when asked, pictures that cannot be decoded.
+        notes: what a loader leaves out though nothing is wrong: fields that are not read, members of no record.
     """
 
     shard: str
@@ -51,6 +54,7 @@ class ShardReport:
     damage: str | None = None
     offset: int | None = None
     bad: list[BadRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -82,7 +86,7 @@ def find_shards(urls: Sequence[str | Path], store: ShardStore) -> list[Shard]:
     for url in urls:
         path = Path(local_path(str(url))) if is_local(str(url)) else None
         if path is not None and path.is_dir():
-            found = {str(one) for one in path.glob("*.tar")}
+            found = {str(one) for one in path.glob("*.tar") if not is_sidecar(one.name)}
             manifest = store.manifest(str(path / MANIFEST_NAME))
             found |= {str(path / entry.name) for entry in (manifest.shards if manifest else ())}
             if not found:
@@ -163,10 +167,9 @@ def _validate(job: _Job) -> ShardReport:
         path = job.store.path(shard.url)
         report.bytes = path.stat().st_size
         index = scan_shard(path, require=job.require)
-        report.records, report.samples = len(index.keys), index.samples
+        report.records, report.samples, report.notes = len(index.keys), index.samples, index.notes()
         _compare(path, index, shard, job.checksums)
-        if job.decode:
-            report.bad = undecodable(path, index, shard.classes)
+        report.bad = unusable(path, index, shard.classes, decode=job.decode)
     except ShardDamage as damage:
         report.damage, report.offset = damage.problem, damage.offset
     except DataError as error:
@@ -194,40 +197,63 @@ def _compare(path: Path, index: ShardIndex, shard: Shard, checksums: bool) -> No
             )
 
 
-def undecodable(path: Path, index: ShardIndex, classes: int | None = None) -> list[BadRecord]:
-    """The records of a whole shard whose images cannot be decoded, or whose class has no name."""
-    decoder = ImageDecoder()
-    columns = [
-        (column, name)
-        for column, name in enumerate(index.fields)
-        if name == "cls" or name in IMAGE_EXTENSIONS or image_number(name) is not None
-    ]
+def unusable(path: Path, index: ShardIndex, classes: int | None = None, *, decode: bool = True) -> list[BadRecord]:
+    """The records of a whole shard that a loader counts as bad: too large, with text that cannot be used, a class
+    without a name, or, where `decode` says so, images that cannot be decoded."""
+    decoder = ImageDecoder() if decode else None
+    columns = [(column, name) for column, name in enumerate(index.fields) if name in ("json", "cls") or is_image(name)]
     bad = []
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with open(path, "rb") as file:
         for record, spans in enumerate(index.spans.tolist()):
-            for column, name in columns:
-                offset, size = spans[column]
-                if size < 0:
-                    continue
-                try:
-                    check_field(name, os.pread(descriptor, size, offset), decoder, classes)
-                except SampleError as error:
-                    start = min(offset for offset, size in spans if size >= 0) - 512
-                    bad.append(BadRecord(index.keys[record], start, f".{name}: {error}"))
-                    break
-    finally:
-        os.close(descriptor)
+            parts = {name: (spans[column][0], spans[column][1]) for column, name in columns if spans[column][1] >= 0}
+            problem = record_problem(file, parts, decoder, classes)
+            if problem is not None:
+                start = min(offset for offset, size in spans if size >= 0) - 512
+                bad.append(BadRecord(index.keys[record], start, problem))
     return bad
 
 
-def check_field(name: str, data: bytes, decoder: ImageDecoder, classes: int | None) -> None:
-    """Decode an image or a class number.
+def record_problem(
+    file: BinaryIO, parts: Mapping[str, tuple[int, int]], decoder: ImageDecoder | None, classes: int | None
+) -> str | None:
+    """Why a record of a whole shard is bad; None if it is not.
 
-    Raises:
-        SampleError: it cannot be.
+    Args:
+        file: the shard.
+        parts: field → (offset, size), of the fields that are read.
+        decoder: of images; None does not look into them.
+        classes: a class number from this on is bad.
     """
-    if name != "cls":
-        decoder(data)
-    elif classes is not None and parse_class(data) >= classes:
-        raise SampleError(f"class {parse_class(data)}, but the manifest names {classes} classes")
+    name = ""
+    try:
+        limits.check_sizes({name: size for name, (_, size) in parts.items()})
+        images: list[bytes] = []
+        for name, (offset, size) in parts.items():
+            if name in ("json", "cls"):
+                file.seek(offset)
+                _check_field(name, file.read(size), classes)
+            elif decoder is not None:
+                file.seek(offset)
+                images.append(file.read(size))
+                decoder(images[-1])
+        name = ""
+        if decoder is not None:
+            decoder.check(images)
+    except SampleError as error:
+        return f".{name}: {error}" if name and is_image(name) else str(error)
+    return None
+
+
+def _check_field(name: str, data: bytes, classes: int | None) -> None:
+    if name == "cls":
+        if classes is not None and parse_class(data) >= classes:
+            raise SampleError(f".cls: class {parse_class(data)}, but the manifest names {classes} classes")
+        return
+    meta = parse_json(data)
+    for number, question in enumerate(meta.get("questions", [meta])):
+        if "question" not in question:  # other facts about an image with a class
+            continue
+        try:
+            check_text(question)
+        except SampleError as error:
+            raise SampleError(f"question {number}: {error}" if "questions" in meta else str(error)) from None

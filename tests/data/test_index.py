@@ -44,7 +44,8 @@ def test_keys_are_cut_as_webdataset_cuts_them(tmp_path):
         "l" * 150 + ".json",
     ]
     extra = ["__meta__/info.json", "README", ".hidden.json", "__about__"]
-    members = [(name, record(i) if name.endswith("json") else made.png(i)) for i, name in enumerate(extra + names)]
+    text = ("json", "README", "__about__")
+    members = [(name, record(i) if name.endswith(text) else made.png(i)) for i, name in enumerate(extra + names)]
     path = made.tar(tmp_path / "a.tar", members)
     index = scan_shard(path)
     theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
@@ -121,7 +122,7 @@ PNG = made.png(1)
         ([("a.json", record(1)), ("a.png", PNG), ("a.0.jpg", PNG)], "more than one image"),
         ([("a.json", record(1)), ("a.0.png", PNG), ("a.2.jpg", PNG)], r"numbered \[0, 2\]"),
         ([("a.json", b"{")], "'a'.*not valid JSON"),
-        ([("a.json", b"[" * 100_000)], "'a'.*not valid JSON"),
+        ([("a.json", b"[" * 100_000)], "'a'.*nested deeper than 64"),
         ([("a.json", b"[]")], "'a'.*must be an object"),
         ([("a.json", json.dumps({**made.meta(1), "question": 3}).encode())], "'question' has type int"),
         ([("a.json", b'{"question": "q", "answers": ["a"]}')], "lacks 'question_id'"),
