@@ -324,8 +324,8 @@ class Walk:
                 total = "; in this shard: " + ", ".join(f".{one} in {count} records" for one, count in counted.items())
             raise ShardDamage(self.shard, self.starts[key], f"sample {key!r}: its .{name} {problem}{total}")
         for member, offset, start, size in self._loose:
-            if problem := loose_picture(file, start, size):
-                raise ShardDamage(self.shard, offset, f"member {member!r} {problem}")
+            if loose := loose_picture(file, start, size):
+                raise ShardDamage(self.shard, offset, f"member {member!r} {loose}")
         return counts
 
     def _check_record(self) -> None:
