@@ -182,7 +182,7 @@ def test_the_same_on_any_number_of_ranks(dist_pool, data, tmp_path: Path, world:
                 )
 
 
-def _zero3(path, data, folder: str):
+def _zero3(path, data, folder: str, embeddings: str):
     config = runs.config(
         path,
         data["train"],
@@ -194,21 +194,29 @@ def _zero3(path, data, folder: str):
     spread = any(getattr(p, "ds_tensor", None) is not None for p in loaded.model.parameters())
     shift_scores(
         loaded.model, loaded.collator, data["train"], suites(data), out=folder, batch_size=3, samples=None,
-        dp_rank=engine.dp_rank, dp_world_size=engine.dp_world_size,
+        dp_rank=engine.dp_rank, dp_world_size=engine.dp_world_size, embeddings=embeddings,
     )  # fmt: skip
     return spread
 
 
 @pytest.mark.distributed
-def test_zero3(dist_pool, checkpoint, data, tmp_path: Path):  # noqa: F811
+@pytest.mark.parametrize("embeddings", ["tokens", "frames"])
+def test_zero3(dist_pool, checkpoint, data, tmp_path: Path, embeddings: str):  # noqa: F811
     """One suite has no image at all and the ranks' batches are mixed: all of them must run the vision tower."""
     path = checkpoint("paligemma")
-    assert all(dist_pool(2).run(_zero3, path, data, str(tmp_path / "two")))
+    assert all(dist_pool(2).run(_zero3, path, data, str(tmp_path / "two"), embeddings))
     config = runs.config(path, data["train"], str(tmp_path / "one"))
     engine = create_engine(config)
     loaded = engine.load(config, train=False)
     shift_scores(
-        loaded.model, loaded.collator, data["train"], suites(data), out=tmp_path / "one", batch_size=3, samples=None
+        loaded.model,
+        loaded.collator,
+        data["train"],
+        suites(data),
+        out=tmp_path / "one",
+        batch_size=3,
+        samples=None,
+        embeddings=embeddings,
     )
     for name in ("same", "vision", "question", "alone"):
         for ours, expected in zip(rows(tmp_path / "two", name), rows(tmp_path / "one", name), strict=True):
