@@ -1,6 +1,6 @@
 """The methods side by side on the quick-start's model and data: what each gains in distribution, and what it forgets.
 
-    python benchmarks/methods.py --work runs/methods [--seeds 1]
+    python benchmarks/methods.py --work runs/methods [--seeds 1] [--steps 150]
 
 Full fine-tuning in one process, 150 steps of 64, learning rate 1e-3, which was chosen for AdamW; the strengths of the
 others were tried on this very model. A toy: 1.7 M parameters, 500 questions a suite. Everything runs through the
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/methods"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
     data, models = args.work / "data", {"zero-shot": {"path": "builtin:tiny-vlm", "label": "Zero-shot"}}
     if not data.exists():
@@ -41,7 +42,8 @@ def main() -> None:
         for name, (label, settings) in METHODS.items():
             run = args.work / f"{name}-seed{seed}"
             if not (run / "DONE").exists():
-                common = ["training.batch_size=64", "checkpoint.every=150", "checkpoint.resume=auto"]
+                steps = [f"training.steps={args.steps}", f"checkpoint.every={args.steps}", "checkpoint.resume=auto"]
+                common = ["training.batch_size=64", *steps]
                 where = [f"run_dir={run}", f"training.seed={seed}", f"data.train=[{data}/train/*.tar]"]
                 command("train", CONFIG, *settings, *common, *where)
             models[f"{name}-seed{seed}"] = {"run": str(run), "method": name, "seed": seed, "label": label}
