@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +17,15 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=12, help="how many randomised kills of tests/training/test_kill.py")
+    kills = parser.getgroup("kills", "random kills of tests/training/test_kill.py beside its dozen")
+    kills.addoption("--kills", type=int, default=0, help="how many")
+    kills.addoption("--kill-seed", type=int, default=12, help="the first seed; the others follow it")
+    kills.addoption("--kill-jobs", type=int, help="how many at a time (default: the number of cores)")
+    kills.addoption("--kill-budget", type=float, metavar="SECONDS", help="begin no more after this time")
+    kills.addoption("--kill-report", type=Path, metavar="FILE", help="append a row each; its seeds are left out")
+    fuzz = parser.getgroup("fuzz", "mutations of tests/fuzz")
+    fuzz.addoption("--fuzz-seed", type=int, default=0, help="other mutations with another seed")
+    fuzz.addoption("--fuzz-n", type=int, default=400, help="mutations per reader (default 400; slow readers get fewer)")
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to spread

@@ -2,109 +2,105 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 
-from scale_digrap.training import manifest
 from tests.training import kills
-from tests.training.kills import AT_RESUME, ON_RANK_0, POINTS, Kill
+from tests.training.killed_run import MOMENT, POINTS, Kill, start
+from tests.training.kills import ENGINES, NOT_REACHED, Row, Whole, sections, survived
 
 pytestmark = pytest.mark.distributed
-
-STEPS = 5
-ENGINES = {
-    "fsdp2": {},
-    "zero1": {"engine": "deepspeed", "zero": {"stage": 1}},
-    "zero3": {"engine": "deepspeed", "zero": {"stage": 3}},
-}
-
-
-def sections(engine: str, background: bool = False, world: int = 2) -> dict:
-    return {
-        "training": {"steps": STEPS, "batch_size": 4 // world},
-        "optimizer": {"name": "digrap", "lr": 1e-3, "omega_lr": 0.05},
-        "checkpoint": {"every": 1, "keep": 2, "save_final": False, "resume": "auto", "background": background},
-        "sharding": ENGINES[engine],
-    }
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(checkpoint, shards, tmp_path_factory):
-    found: dict[str, list[dict]] = {}
-
-    def get(engine: str) -> list[dict]:
-        if engine not in found:
+    class Runs(dict):
+        def __missing__(self, engine: str) -> Whole:
             folder = tmp_path_factory.mktemp(f"whole-{engine}")
-            result = kills.start(2, checkpoint("llava"), shards, folder, sections(engine))
-            assert result is not None
-            found[engine] = result
-        return found[engine]
+            self[engine] = kills.uninterrupted(engine, checkpoint("llava"), shards, folder)
+            return self[engine]
 
-    return get
+    return Runs()
 
 
-def survive(kill: Kill, engine: str, background: bool, model: str, shards: str, folder, whole: list[dict]) -> str:
-    """Kill a run, resume it, compare; returns what it went on from."""
-    arguments = (model, shards, folder, sections(engine, background))
-    if kill.point in AT_RESUME:  # die first in a step, then again while loading
-        assert kills.start(2, *arguments, kill=Kill("forward", 4)) is None
-    assert kills.start(2, *arguments, kill=kill) is None, f"{kill} was not reached"
-    before = manifest.checkpoints(folder / "checkpoints")
-    # What is committed is whole, whenever the run died.
-    assert not any(manifest.problems(path) for _, path in before), kill
-    again = kills.start(2, *arguments)
-    assert again is not None
-    for rank in range(2):
-        assert again[rank]["loss"] == whole[rank]["loss"], (kill, "the loss sequence is not the uninterrupted one")
-        for name, expected in whole[rank]["parameters"].items():
-            assert np.array_equal(again[rank]["parameters"][name], expected), (kill, name)
-        taken = len(again[rank]["keys"])
-        assert again[rank]["keys"] == whole[rank]["keys"][-taken:], (kill, "other samples than without the kill")
-    assert not kills.leftovers(folder / "checkpoints")
-    assert [step for step, _ in manifest.checkpoints(folder / "checkpoints")] == [STEPS - 1, STEPS]
-    # Nothing that was committed is trained again: at most what came after the last checkpoint is lost.
-    resumed = STEPS - taken
-    assert resumed == (before[-1][0] if before else 0), kill
-    return f"step {resumed}"
+def check(rows: list[Row]) -> None:
+    # A moment may come after the end; a point that is not reached is a mistake of the test.
+    bad = [
+        row for row in rows if not survived(row.outcome) and not (row.outcome == NOT_REACHED and row.point == MOMENT)
+    ]
+    assert not bad, kills.summarise(bad)
 
 
-def draw(chance: random.Random) -> tuple[Kill, str, bool]:
-    point = chance.choice(POINTS)
-    rank = 0 if point in ON_RANK_0 else chance.choice([0, 1, None])
-    most = {"a folder's entries": 12, "a reduction": 8, "reading": 1, "checking": 1, "loaded": 1, "deleting": 4}
-    background = chance.random() < 0.4
-    call = chance.randint(1, most.get(point, 4))
-    return Kill(point, call, rank), chance.choice(list(ENGINES)), background
-
-
-def matrix(numbers, checkpoint, shards, tmp_path, uninterrupted) -> None:
-    model = checkpoint("llava")
-    for number in numbers:
-        kill, engine, background = draw(random.Random(number))
-        survive(kill, engine, background, model, shards, tmp_path / str(number), uninterrupted(engine))
-
-
+@pytest.mark.timeout(1800)
 def test_a_dozen_kills(checkpoint, shards, tmp_path, uninterrupted):
-    matrix(range(12), checkpoint, shards, tmp_path, uninterrupted)
+    for engine in ENGINES:  # before several threads ask for them
+        assert uninterrupted[engine].seconds > 0
+    check(kills.matrix(range(12), checkpoint("llava"), shards, tmp_path, uninterrupted))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_many_kills(request, checkpoint, shards, tmp_path, uninterrupted):
-    numbers = range(12, request.config.getoption("--kills"))
-    if not numbers:
-        pytest.skip("a dozen kills were enough; --kills 60 makes 48 more, in about six minutes")
-    matrix(numbers, checkpoint, shards, tmp_path, uninterrupted)
+@pytest.mark.timeout(0)
+def test_many_kills(request, checkpoint, shards, tmp_path, uninterrupted, capsys):
+    number, first, jobs, budget, report = (
+        request.config.getoption(f"--{name}")
+        for name in ("kills", "kill-seed", "kill-jobs", "kill-budget", "kill-report")
+    )
+    if not number:
+        pytest.skip("a dozen kills were enough; --kills 48 makes 48 more, in about six minutes")
+    for engine in ENGINES:
+        assert uninterrupted[engine].seconds > 0
+    seeds = range(first, first + number)
+    rows = kills.matrix(
+        seeds, checkpoint("llava"), shards, tmp_path, uninterrupted, jobs=jobs, budget=budget, report=report
+    )
+    with capsys.disabled():
+        print(f"\n{kills.summarise(rows if report is None else kills.read_report(report))}")
+    check(rows)
+
+
+def test_the_table_of_kills_counts_every_row_and_names_those_that_were_not_survived(tmp_path):
+    rows = [
+        Row(3, "fsdp2", "forward", 2, 0, False, "step 1", 1.0),
+        Row(4, "fsdp2", "forward", 3, 0, True, "step 1", 1.0),
+        Row(5, "zero3", "a moment", 812, None, False, kills.WRONG, 1.0, "rank 0: other samples"),
+        Row(6, "zero1", "a moment", 9999, 1, False, kills.NOT_REACHED, 1.0),
+    ]
+    text = kills.summarise(rows)
+    assert "forward    step 1 ×2" in text
+    assert "4 kills, 2 survived, 1 not reached, 1 not survived; 1 with a background writer" in text
+    assert text.splitlines()[-1].startswith("seed 5: zero3, a moment (call 812, rank None, background False)")
+
+
+def test_seeds_that_a_report_has_are_not_killed_again_and_a_budget_ends_the_rest(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kills, "survive", lambda *arguments: asked.append(arguments) or ("step 2", ""))
+    whole = {engine: Whole([], 10.0) for engine in ENGINES}
+    report = tmp_path / "report.jsonl"
+    arguments = ("model", "shards", tmp_path, whole)
+    first = kills.matrix(range(5), *arguments, report=report)
+    with open(report, "a") as file:
+        file.write('{"seed": 6, "eng')
+    assert [row.seed for row in kills.read_report(report)] == [row.seed for row in first] == [0, 1, 2, 3, 4]
+    with open(report, "a") as file:
+        file.write("\n")
+    assert [row.seed for row in kills.matrix(range(8), *arguments, report=report)] == [5, 6, 7]
+    assert kills.matrix(range(9), *arguments, report=report, budget=0) == []
+    assert len(asked) == len(kills.read_report(report)) == 8
+
+
+def test_every_point_and_engine_is_drawn():
+    whole = {engine: Whole([], 10.0) for engine in ENGINES}
+    drawn = [kills.draw(seed, whole) for seed in range(1000)]
+    assert {kill.point for kill, _, _ in drawn} == {*POINTS, MOMENT}
+    assert {(engine, background) for _, engine, background in drawn} == {(e, b) for e in ENGINES for b in (0, 1)}
+    assert kills.draw(7, whole) == kills.draw(7, whole)
 
 
 def test_killed_on_two_ranks_resumed_on_one(checkpoint, shards, tmp_path, uninterrupted):
     """Another number of ranks, another engine: the same samples, the same losses to rounding."""
-    model, whole = checkpoint("llava"), uninterrupted("fsdp2")
+    model, whole = checkpoint("llava"), uninterrupted["fsdp2"].ranks
     arguments = (model, shards, tmp_path)
-    assert kills.start(2, *arguments, sections("fsdp2"), kill=Kill("after the loss", 4, None)) is None
-    alone = kills.start(1, *arguments, sections("zero1", world=1))
+    assert start(2, *arguments, sections("fsdp2"), kill=Kill("after the loss", 4, None)) is None
+    alone = start(1, *arguments, sections("zero1", world=1))
     assert alone is not None
     assert alone[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-4)
     for mine, pair in zip(alone[0]["keys"], zip(*(rank["keys"][-2:] for rank in whole), strict=True), strict=True):
