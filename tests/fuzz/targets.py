@@ -302,7 +302,7 @@ log: {every: 1, wandb_project: p}
 EVALUATE = b"""\
 out: /tmp/fuzz/out
 title: a title
-suites: {missing: allow, more: {s: {shards: [s.tar], group: near, shift: vision}}}
+suites: {missing: allow, custom: {s: {shards: [s.tar], group: near, shift: vision}}}
 models: {zero: {path: a/b}, mine: {run: runs/mine, checkpoint: "100", alphas: [0.5, 1.0], seed: 1}}
 engine: {name: fsdp, timeout_s: 100.0}
 data: {cache_dir: cache, classes: [a, b]}

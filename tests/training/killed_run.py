@@ -17,6 +17,19 @@ from typing import Any
 from tests.dist_pool import PRELOAD
 from tests.training import runs
 
+# What every run imports before it reaches a step; DeepSpeed's engines reach for the last two. A half of a short run's time.
+_PRELOAD = [
+    *PRELOAD,
+    "scale_digrap.training.run",
+    "tests.training.runs",
+    "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llava.modeling_llava",
+    "functorch.compile",
+    "networkx",
+]
+
 Hit = Callable[..., None]
 
 # Starting, polling and reaping look after all children of this process, and two threads that read one exit status get
@@ -215,7 +228,7 @@ def start(world: int, *arguments: Any, kill: Kill | None = None, timeout: float 
         TimeoutError: it hangs.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(_PRELOAD)
     folder = tempfile.mkdtemp(prefix="killed-")
     processes, pipes = [], []
     for rank in range(world):
