@@ -17,7 +17,7 @@ from typing import Any
 from tests.dist_pool import PRELOAD
 from tests.training import runs
 
-# What every run imports before it reaches a step; DeepSpeed's engines reach for the last two. A half of a short run's time.
+# What every run imports before it reaches a step, which is half of its time; the last two are for DeepSpeed.
 _PRELOAD = [
     *PRELOAD,
     "scale_digrap.training.run",
