@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import SampleError
 from scale_digrap.data.fields import image_number, is_image
@@ -172,6 +173,10 @@ def peek(
 def _peek(shard: Shard, index: ShardIndex, row: int, descriptor: int) -> tuple[Peeked, list[bytes]]:
     spans = _fields(index, row)
     names = sorted((name for name in spans if is_image(name)), key=lambda name: image_number(name) or 0)
+    try:
+        limits.check_sizes({name: spans[name][1] for name in (*names, *({"json", "cls"} & spans.keys()))})
+    except SampleError as error:
+        raise SampleError(f"{shard.name}: record {index.keys[row]!r}: {error}") from None
     contents = [_read(descriptor, spans[name]) for name in names]
     return Peeked(
         shard=shard.name,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from scale_digrap.data.errors import SampleError
 
-JSON_BYTES = 32 << 20
+JSON_BYTES = 16 << 20
 """Of a record's ``.json``; with all questions about a picture, real ones have some kilobytes."""
 
 CLASS_BYTES = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,12 @@ from PIL import Image
 from scale_digrap.data import limits
 from scale_digrap.data.errors import SampleError
 from scale_digrap.runtime import text
+
+_SIGNALS = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|\[IMG(?:_BREAK|_END)?\]|"
+    r"<(?:image|video|audio|img|IMG_CONTEXT|boi|eoi|pad|bos|eos|image_pad|image_soft_token|"
+    r"(?:start|end)_of_(?:image|turn|audio|text))>"
+)
 
 
 @dataclass
@@ -97,6 +104,13 @@ def check_text(meta: dict[str, Any]) -> None:
                 f"its {name} holds half a character (a lone surrogate): '{text.one_line(value, 80)}'. Whatever wrote "
                 "it has cut a character in two"
             )
+
+
+def signal_in(meta: dict[str, Any]) -> str | None:
+    """What in the text of a question or an answer some model's tokenizer takes for a signal, such as ``<image>`` or
+    ``</s>``; None where nothing is known to be. Collators read it as plain text."""
+    found = next(filter(None, map(_SIGNALS.search, (meta["question"], *meta["answers"]))), None)
+    return None if found is None else found[0]
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

@@ -7,7 +7,6 @@ whether two data sets are equal. Shards appear under their final names only when
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -16,8 +15,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from scale_digrap.data.errors import DataError
-from scale_digrap.data.sample import VqaSample
+from scale_digrap.data.errors import DataError, SampleError
+from scale_digrap.data.sample import VqaSample, check_text
+from scale_digrap.runtime.text import one_line, write_json
 
 _OWN_FIELDS = ("question", "answers", "question_id", "questions")
 _BLOCK = tarfile.BLOCKSIZE
@@ -167,8 +167,13 @@ def encode_sample(sample: VqaSample) -> dict[str, bytes]:
         "question_id": sample.question_id,
         **sample.extra,
     }
+    try:
+        check_text(content)
+        encoded = encode_json(content)
+    except (SampleError, ShardWriteError) as error:
+        raise ShardWriteError(f"sample {sample.key!r}: {error}") from None
     images = [_encode_image(sample.key, image) for image in sample.images]
-    return {"json": encode_json(content), **image_fields(images)}
+    return {"json": encoded, **image_fields(images)}
 
 
 def check_key(key: str) -> None:
@@ -183,13 +188,24 @@ def check_key(key: str) -> None:
             f"sample key {key!r}: its last part must not be empty, hold a dot (readers take what follows for a "
             "file extension) or start with an underscore"
         )
-    if len(key.encode()) > _LONGEST_NAME - len(".999.jpeg"):
+    try:
+        length = len(key.encode())
+    except UnicodeEncodeError:
+        raise ShardWriteError(f"sample key {key!r} is not UTF-8: choose another") from None
+    if length > _LONGEST_NAME - len(".999.jpeg"):
         raise ShardWriteError(f"sample key {key!r} is too long for a tar header: at most {_LONGEST_NAME - 9} bytes")
 
 
 def encode_json(content: Any) -> bytes:
-    """JSON with sorted keys: equal content, equal bytes."""
-    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+    """JSON with sorted keys: equal content, equal bytes.
+
+    Raises:
+        ShardWriteError: a number that is not finite, half a character, or what is no plain value.
+    """
+    try:
+        return write_json(content, ensure_ascii=False, sort_keys=True).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ShardWriteError(f"cannot be written as JSON: {one_line(error)}") from None
 
 
 def image_fields(images: list[tuple[str, bytes]]) -> dict[str, bytes]:

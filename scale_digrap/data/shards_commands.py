@@ -53,6 +53,8 @@ def write(arguments: argparse.Namespace) -> int:
         f"{arguments.to}: {len(written.shards)} shards, {written.records} records, {written.samples} samples, "
         f"{_human(written.bytes)}"
     )
+    for note in source.notes:
+        print(printable(f"left out: {note}"))
     if source.left_out:
         print(f"left out: {', '.join(f'{count} questions {reason}' for reason, count in source.left_out.items())}")
     if written.left_out:
@@ -123,7 +125,7 @@ def _print_findings(bad: Sequence[ShardReport]) -> None:
             place = "" if report.offset is None else f", byte {report.offset}"
             print(printable(f"{report.shard}{place}: {report.damage}"))
         for record in report.bad[:_SHOWN]:
-            print(printable(f"{report.shard}, byte {record.offset}: sample {record.key!r} {record.problem}"))
+            print(printable(f"{report.shard}, byte {record.offset}: sample {record.key!r}: {record.problem}"))
         if len(report.bad) > _SHOWN:
             print(f"{report.shard}: and {len(report.bad) - _SHOWN} more bad samples (--json lists all)")
 

@@ -16,7 +16,7 @@ from scale_digrap.data.errors import DataError, SampleError, ShardDamage
 from scale_digrap.data.fields import is_image
 from scale_digrap.data.index import Manifest, ShardEntry
 from scale_digrap.data.progress import bar
-from scale_digrap.data.sample import check_text, parse_class, parse_json
+from scale_digrap.data.sample import check_text, parse_class, parse_json, signal_in
 from scale_digrap.data.scan import ShardIndex, scan_shard
 from scale_digrap.data.sidecars import is_sidecar
 from scale_digrap.data.store import MANIFEST_NAME, ShardStore
@@ -169,7 +169,14 @@ def _validate(job: _Job) -> ShardReport:
         index = scan_shard(path, require=job.require)
         report.records, report.samples, report.notes = len(index.keys), index.samples, index.notes()
         _compare(path, index, shard, job.checksums)
-        report.bad = unusable(path, index, shard.classes, decode=job.decode)
+        signals: list[tuple[str, str]] = []
+        report.bad = unusable(path, index, shard.classes, decode=job.decode, signals=signals)
+        if signals:
+            key, found = signals[0]
+            report.notes.append(
+                f"{len(signals)} records hold text that models take for a signal, such as {found!r} in sample {key!r}: "
+                "it is read as plain text"
+            )
     except ShardDamage as damage:
         report.damage, report.offset = damage.problem, damage.offset
     except DataError as error:
@@ -197,16 +204,34 @@ def _compare(path: Path, index: ShardIndex, shard: Shard, checksums: bool) -> No
             )
 
 
-def unusable(path: Path, index: ShardIndex, classes: int | None = None, *, decode: bool = True) -> list[BadRecord]:
+def unusable(
+    path: Path,
+    index: ShardIndex,
+    classes: int | None = None,
+    *,
+    decode: bool = True,
+    signals: list[tuple[str, str]] | None = None,
+) -> list[BadRecord]:
     """The records of a whole shard that a loader counts as bad: too large, with text that cannot be used, a class
-    without a name, or, where `decode` says so, images that cannot be decoded."""
+    without a name, or, where `decode` says so, images that cannot be decoded.
+
+    Args:
+        path: the shard.
+        index: of it.
+        classes: a class number from this on is bad.
+        decode: decode images.
+        signals: gets (key, text) of records that are usable and hold what some model takes for a signal.
+    """
     decoder = ImageDecoder() if decode else None
     columns = [(column, name) for column, name in enumerate(index.fields) if name in ("json", "cls") or is_image(name)]
     bad = []
     with open(path, "rb") as file:
         for record, spans in enumerate(index.spans.tolist()):
             parts = {name: (spans[column][0], spans[column][1]) for column, name in columns if spans[column][1] >= 0}
-            problem = record_problem(file, parts, decoder, classes)
+            found: list[str] = []
+            problem = record_problem(file, parts, decoder, classes, found)
+            if found and signals is not None:
+                signals.append((index.keys[record], found[0]))
             if problem is not None:
                 start = min(offset for offset, size in spans if size >= 0) - 512
                 bad.append(BadRecord(index.keys[record], start, problem))
@@ -214,7 +239,11 @@ def unusable(path: Path, index: ShardIndex, classes: int | None = None, *, decod
 
 
 def record_problem(
-    file: BinaryIO, parts: Mapping[str, tuple[int, int]], decoder: ImageDecoder | None, classes: int | None
+    file: BinaryIO,
+    parts: Mapping[str, tuple[int, int]],
+    decoder: ImageDecoder | None,
+    classes: int | None,
+    signals: list[str] | None = None,
 ) -> str | None:
     """Why a record of a whole shard is bad; None if it is not.
 
@@ -223,6 +252,7 @@ def record_problem(
         parts: field → (offset, size), of the fields that are read.
         decoder: of images; None does not look into them.
         classes: a class number from this on is bad.
+        signals: gets what in its text some model takes for a signal.
     """
     name = ""
     try:
@@ -231,7 +261,7 @@ def record_problem(
         for name, (offset, size) in parts.items():
             if name in ("json", "cls"):
                 file.seek(offset)
-                _check_field(name, file.read(size), classes)
+                _check_field(name, file.read(size), classes, [] if signals is None else signals)
             elif decoder is not None:
                 file.seek(offset)
                 images.append(file.read(size))
@@ -244,7 +274,7 @@ def record_problem(
     return None
 
 
-def _check_field(name: str, data: bytes, classes: int | None) -> None:
+def _check_field(name: str, data: bytes, classes: int | None, signals: list[str]) -> None:
     if name == "cls":
         if classes is not None and parse_class(data) >= classes:
             raise SampleError(f".cls: class {parse_class(data)}, but the manifest names {classes} classes")
@@ -257,3 +287,5 @@ def _check_field(name: str, data: bytes, classes: int | None) -> None:
             check_text(question)
         except SampleError as error:
             raise SampleError(f"question {number}: {error}" if "questions" in meta else str(error)) from None
+        if (signal := signal_in(question)) is not None:
+            signals.append(signal)

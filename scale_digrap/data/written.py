@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
+from scale_digrap.runtime.text import write_json
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Written:
         del content["resumed"]
         unfinished = path.with_suffix(".tmp")
         with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write(write_json(content, indent=1))  # ASCII: names of files need not be UTF-8
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -214,7 +214,8 @@ def _question(sample: VqaSample) -> tuple[int, list[int], list[int]]:
 
 
 def _digest(*parts: str) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big") or 1
+    text = "\0".join(parts).encode("utf-8", "surrogatepass")  # an image_id may hold anything
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") or 1
 
 
 def _undecoded(data: bytes) -> bytes:

@@ -6,7 +6,6 @@ and appended, so that a training prefix is token by token what the model sees be
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scale_digrap.data.decode import ImageDecoder, to_rgb
+from scale_digrap.data.errors import SampleError
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.models.plain_text import PlainText, media_tokens
+from scale_digrap.runtime.text import one_line
 
 log = logging.getLogger(__name__)
 
 IGNORE = -100
 """Label of a token that the loss does not count."""
+
+_DECODER = ImageDecoder()
 
 _TOKEN_INPUTS = ("input_ids", "token_type_ids", "mm_token_type_ids")
 
@@ -77,6 +82,14 @@ class VqaCollator:
     in order. A sample without an image gets the same prompt without image tokens; a batch without any image has no
     ``pixel_values``.
 
+    Questions and answers are read as plain text: control tokens of the processor that stand in them (``<image>``,
+    ``<|im_end|>``, ``</s>``) lose their meaning, see :mod:`scale_digrap.models.plain_text`; ``neutralised`` counts such
+    texts, and the first one is named in the log.
+
+    Raises:
+        CollateError: the tokenizer has no end-of-sequence token, or the template holds a token that stands for a
+            picture.
+
     Attributes:
         always_image: give a batch without any image one more row, its last, with a blank image and no label. It changes
             neither loss nor gradient, and every rank runs the vision tower in every batch: ZeRO's collectives follow
@@ -89,11 +102,19 @@ class VqaCollator:
         self.template = template
         self.max_length = max_length
         self.truncated = 0
+        self.neutralised = 0
+        self._plain = PlainText(processor)
         self.always_image = False
         self._paligemma = type(processor).__name__ == "PaliGemmaProcessor"
         self._chat = template.use_chat_template and bool(getattr(processor, "chat_template", None))
         if self.tokenizer.eos_token_id is None:
             raise CollateError("the tokenizer has no end-of-sequence token: the model could not learn where to stop")
+        for name, words in (("prompt", template.prompt), ("answer", template.answer)):
+            if media := [token for token in media_tokens(processor) if token in words]:
+                raise CollateError(
+                    f"model.{name}: {media[0]!r} stands for a picture and is put in for each one that a sample has: "
+                    "take it out"
+                )
         pad = self.tokenizer.pad_token_id
         self.pad_id = self.tokenizer.eos_token_id if pad is None else pad
         # In PaliGemma token type 1 marks the causal suffix after the bidirectional prefix; elsewhere it marks images.
@@ -108,7 +129,9 @@ class VqaCollator:
             processor makes (no such keys if no sample has an image).
         """
         _check_not_empty(samples)
-        texts = [self.template.render_answer(training_answer(sample.answers)) for sample in samples]
+        texts = [
+            self.template.render_answer(self._plainly(training_answer(sample.answers), sample)) for sample in samples
+        ]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         answers = [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
         rows, image_inputs = self._prompts(samples, reserve=[len(answer) for answer in answers])
@@ -144,23 +167,59 @@ class VqaCollator:
         self, samples: Sequence[VqaSample], reserve: Sequence[int]
     ) -> tuple[list[dict[str, list[int]]], dict[str, torch.Tensor]]:
         """Unpadded token rows of all prompts, in order, and the image tensors of those samples that have one."""
-        questions = [sample.question for sample in samples]
+        questions = [self._plainly(sample.question, sample) for sample in samples]
         pictured = [index for index, sample in enumerate(samples) if sample.image is not None]
         plain = [index for index, sample in enumerate(samples) if sample.image is None]
-        images = {index: [_decode(image) for image in samples[index].images] for index in pictured}
-        rows, image_inputs = self._tokenise(questions, pictured, plain, images)
+        images = {index: _decode_all(samples[index]) for index in pictured}
+        try:
+            rows, image_inputs = self._tokenise(questions, pictured, plain, images)
+        except (MemoryError, CollateError):
+            raise
+        except Exception as error:  # a processor's own, of any kind: which sample it is about must not be lost
+            raise CollateError(self._whose(samples, questions, images, error)) from error
         if self.max_length is not None:
             for index, row in enumerate(rows):
                 over = len(row["input_ids"]) + reserve[index] - self.max_length
                 if over > 0:
-                    rows[index] = self._shorten(samples[index], images.get(index), over, reserve[index])
+                    row = self._shorten(samples[index], questions[index], images.get(index), over, reserve[index])
+                    rows[index] = row
         return rows, image_inputs
 
+    def _plainly(self, text: str, sample: VqaSample) -> str:
+        plain = self._plain(text)
+        if plain != text:
+            self.neutralised += 1
+            if self.neutralised == 1:
+                log.warning(
+                    "sample %r: its text holds what the model's processor reads as a signal, or half a character; it "
+                    "is read as plain text: %s (said once; `scale-digrap shards validate` counts)",
+                    sample.key,
+                    one_line(plain, 120),
+                )
+        return plain
+
+    def _whose(
+        self,
+        samples: Sequence[VqaSample],
+        questions: Sequence[str],
+        images: dict[int, list[Image.Image]],
+        error: Exception,
+    ) -> str:
+        """Which sample of a batch a processor cannot take, found by trying them one by one."""
+        for index, (sample, question) in enumerate(zip(samples, questions, strict=True)):
+            selection = ([0], [], {0: images[index]}) if index in images else ([], [0], {})
+            try:
+                self._tokenise([question], *selection)
+            except Exception as own:
+                return f"sample {sample.key!r}: the model's processor cannot take it: {one_line(own)}"
+        keys = ", ".join(repr(sample.key) for sample in samples[:8])
+        return f"the model's processor cannot take the batch of samples {keys}: {one_line(error)}"
+
     def _shorten(
-        self, sample: VqaSample, images: list[Image.Image] | None, over: int, reserve: int
+        self, sample: VqaSample, question: str, images: list[Image.Image] | None, over: int, reserve: int
     ) -> dict[str, list[int]]:
         """The row of a sample whose question has lost as many words at its end as it takes to fit."""
-        words = sample.question.split()
+        words = question.split()
         assert self.max_length is not None
         while words and over > 0:
             # A word is at least one token, so `over` words would often be too many: drop half of them at a time.
@@ -272,7 +331,8 @@ def _tensor(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(item) for item in value]))
 
 
-def _decode(image: Image.Image | bytes) -> Image.Image:
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _decode_all(sample: VqaSample) -> list[Image.Image]:
+    try:
+        return [_DECODER(image) if isinstance(image, bytes) else to_rgb(image) for image in sample.images]
+    except SampleError as error:
+        raise CollateError(f"sample {sample.key!r}: {error}") from None

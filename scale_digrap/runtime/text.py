@@ -22,7 +22,8 @@ MAX_JSON_DEPTH = 64
 """Deepest nesting of JSON from outside; real files use less than ten levels."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string without an end goes to the end of the text: were it no match, every quote in it would be tried anew.
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
 class TextError(ScaleDigrapError, ValueError):
@@ -73,13 +74,15 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byt
     return data
 
 
-def parse_json(data: bytes | str, name: str, *, depth: int = MAX_JSON_DEPTH) -> Any:
+def parse_json(data: bytes | str, name: str, *, depth: int = MAX_JSON_DEPTH, finite: bool = True) -> Any:
     """The value of JSON from outside.
 
     Args:
         data: the document; bytes are UTF-8 with or without a byte order mark.
         name: what it is, for the error.
         depth: deepest nesting that is accepted.
+        finite: refuse numbers that are not finite. A caller that lets them through looks for them itself, to say in
+            which entry they stand.
 
     Raises:
         TextError: not UTF-8, not JSON, a number that is not finite (``NaN``, ``Infinity``, ``1e999``), or nested
@@ -89,20 +92,20 @@ def parse_json(data: bytes | str, name: str, *, depth: int = MAX_JSON_DEPTH) -> 
     if _deeper_than(text, depth):
         raise TextError(f"{name} is nested deeper than {depth} levels")
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite) if finite else json.loads(text)
     except json.JSONDecodeError as error:
         raise TextError(f"{name} is not JSON: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: an integer of over 4,300 digits, or _refuse
         raise TextError(f"{name}: {error}") from None
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES, *, finite: bool = True) -> Any:
     """The value of a JSON file, under the rules of :func:`parse_json`.
 
     Raises:
         TextError: it cannot be read, or breaks one of the rules.
     """
-    return parse_json(read_bytes(path, limit), str(path))
+    return parse_json(read_bytes(path, limit), str(path), finite=finite)
 
 
 def write_json(value: Any, **options: Any) -> str:

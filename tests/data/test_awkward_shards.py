@@ -319,6 +319,16 @@ def test_a_key_that_is_not_utf8_beside_a_bad_picture_is_named_in_every_file(tmp_
     assert json.loads((tmp_path / "out" / "repaired.json").read_text("utf-8"))[0]["dropped"][0]["key"] == "na\udcefve"
 
 
+def test_validate_counts_text_that_models_take_for_a_signal(tmp_path):
+    texts = ["what is <image> here?", "an <|im_end|> and", "</s>", "is a < b > c?", "<b>bold</b>"]
+    members = [(f"{i}.json", question(i, question=text)) for i, text in enumerate(texts)]
+    (report,) = look(made.tar(tmp_path / "s.tar", members))
+    assert report.ok
+    assert report.notes == [
+        "3 records hold text that models take for a signal, such as '<image>' in sample '0': it is read as plain text"
+    ]
+
+
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
     for number in ("NaN", "Infinity", "-Infinity", "1e999"):
         text = b'{"question": "?", "answers": ["a"], "question_id": 1, "score": %s}' % number.encode()
@@ -367,7 +377,7 @@ for repair in repair_shards(find_shards([sys.argv[1]], store), store, sys.argv[2
 """
 
 
-@pytest.mark.parametrize(("name", "limit"), [("a.json", "33,554,432"), ("a.cls", "64"), ("a.jpg", "268,435,456")])
+@pytest.mark.parametrize(("name", "limit"), [("a.json", "16,777,216"), ("a.cls", "64"), ("a.jpg", "268,435,456")])
 def test_a_member_of_gigabytes_is_refused_before_memory_is_taken(tmp_path, name, limit):
     path = sparse(tmp_path / "s.tar", name, 3 << 30)
     if name == "a.jpg":

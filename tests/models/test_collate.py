@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from scale_digrap.config import ModelConfig
 from scale_digrap.data.sample import VqaSample
 from scale_digrap.models.collate import CollateError, PromptTemplate, VqaCollator, training_answer
 from scale_digrap.models.loading import load_processor
+from scale_digrap.models.plain_text import control_tokens
 from tests.models import tiny
 
 
@@ -206,3 +208,50 @@ def test_several_images_in_one_sample_are_what_the_processor_makes(checkpoint, f
     # the second picture is looked at: another one gives other pixels
     several.more_images = [tiny.picture("green", 3)]
     assert not torch.equal(collator.generate([several, SAMPLES[0]])["pixel_values"], batch["pixel_values"])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("place", ["question", "answer", "plain question"])
+def test_a_control_token_in_a_question_or_an_answer_is_text(checkpoint, family, place):
+    processor = load_processor(ModelConfig(path=str(checkpoint(family))))
+    collator = VqaCollator(processor, PromptTemplate())
+    tokenizer = collator.tokenizer
+    tokens = control_tokens(processor)
+    assert {tokenizer.eos_token, str(processor.image_token)} <= set(tokens)
+    tokens += [f"<im{processor.image_token}age>", f"{tokenizer.eos_token}{tokenizer.eos_token}"]
+    control = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(processor)} - {tokenizer.unk_token_id}
+
+    def signals(question, answer):
+        one = VqaSample("s", None if "plain" in place else SAMPLES[0].image, question, [answer], "s", {})
+        batch = collator.train([SAMPLES[1], one])
+        return [int(token) for token in unpadded(batch, 1) if int(token) in control]
+
+    for token in tokens:
+        text = f"what {token} is"
+        question, answer = (text, "red") if "question" in place else ("what is", text)
+        assert signals(question, answer) == signals("what is", "red"), token
+    assert collator.neutralised == len(tokens)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_half_a_character_in_a_question_is_read_as_an_unknown_one(checkpoint, family):
+    collator = VqaCollator(load_processor(ModelConfig(path=str(checkpoint(family)))), PromptTemplate())
+    rows = [
+        collator.train([VqaSample("s", SAMPLES[0].image, f"what {half} is", [f"red {half}"], "s", {})])["input_ids"]
+        for half in ("\ud83d", "\ufffd")
+    ]
+    assert torch.equal(*rows)
+    assert collator.neutralised == 2
+
+
+def test_a_picture_token_in_the_prompt_is_refused_before_anything_is_read(checkpoint):
+    processor = load_processor(ModelConfig(path=str(checkpoint("llava"))))
+    with pytest.raises(CollateError, match=r"model\.prompt: '<image>' stands for a picture"):
+        VqaCollator(processor, PromptTemplate("<image>\n{question}"))
+
+
+def test_a_sample_that_a_processor_cannot_take_is_named(checkpoint):
+    collator = VqaCollator(load_processor(ModelConfig(path=str(checkpoint("qwen2_5_vl")))), PromptTemplate())
+    thin = VqaSample("thin", Image.new("RGB", (2000, 2)), "what is it", ["red"], "thin", {})
+    with pytest.raises(CollateError, match="sample 'thin': the model's processor cannot take it"):
+        collator.train([SAMPLES[0], thin])

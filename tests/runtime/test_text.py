@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 
 import pytest
 
@@ -59,3 +61,17 @@ def test_printable_text_and_lines():
     assert len(text.one_line("x" * 1000)) == 500
     assert text.has_surrogates("a\ud83d")
     assert not text.has_surrogates("😀")
+
+
+def test_an_unfinished_string_of_escapes_is_refused_in_linear_time():
+    data = b"[" * 65 + b'"' + b'\\"' * 500_000
+    start = time.monotonic()
+    with pytest.raises(text.TextError, match="deeper than 64"):
+        text.parse_json(data, "x")
+    with pytest.raises(text.TextError, match="is not JSON"):
+        text.parse_json(b"[]," * 65 + b'"' + b'\\"' * 500_000, "x")
+    assert time.monotonic() - start < 5
+
+
+def test_numbers_that_are_not_finite_pass_where_the_caller_looks_for_them():
+    assert math.isnan(text.parse_json(b"[NaN]", "x", finite=False)[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
-from scale_digrap.data.sources.records import Question, Source, image_folder, load_json, required, to_source
+from scale_digrap.data.sources.records import Question, Source, identifier, image_folder, load_json, to_source
 
 
 def read_gqa(
@@ -46,10 +46,11 @@ def read_gqa(
 
 
 def _question(identity: str, entry: dict[str, Any], folder: Path, file: str | Path, part: str | None) -> Question:
-    answer, image = entry.get("answer"), str(required(entry, "imageId", file))
+    answer, image = entry.get("answer"), str(identifier(entry, "imageId", file))
     if not isinstance(answer, str):
         raise ShardWriteError(
-            f"{file}: question_id {identity} has no answer (the test set has none and cannot be written)"
+            f"{file}: question_id {identity} has no answer, or not text: {answer!r} (the test set has none and cannot "
+            "be written)"
         )
     content: dict[str, Any] = {"image_id": image}
     types = entry.get("types")

@@ -6,20 +6,32 @@ class's name. An image classifier reads the one, a vision-language model the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from scale_digrap.data.errors import SampleError
+from scale_digrap.data.sample import check_text
 from scale_digrap.data.shards import ShardWriteError, encode_json
-from scale_digrap.data.sources.records import Record, Source, unique_keys
+from scale_digrap.data.sidecars import is_sidecar
+from scale_digrap.data.sources.records import Record, Source, printed, unique_keys
+from scale_digrap.runtime import text
 
 QUESTION = "what is in the image"
 """DiGraP's (Huang et al., 2024) DomainNet-oVQA asks this."""
 
-_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's ImageFolder
+    | {".jpe", ".jfif", ".jif", ".gif"}
+)
 
 
 def read_image_folder(folder: str | Path, *, question: str = QUESTION, classes: str | Path | None = None) -> Source:
-    """``FOLDER/CLASS/…/picture.jpg``; classes are numbered in the order of their sorted folder names.
+    """``FOLDER/CLASS/…/picture.jpg``; classes are numbered in the order of their sorted folder names, and links to
+    folders are followed, as `torchvision.datasets.ImageFolder` does. Hidden folders and files, and what systems leave
+    behind, are left out; what is left out is counted in `Source.notes`.
 
     Args:
         folder: holds one folder per class; pictures may lie deeper in it.
@@ -27,22 +39,84 @@ def read_image_folder(folder: str | Path, *, question: str = QUESTION, classes: 
         classes: file with one folder name per line, in the order of their numbers, instead of the sorted ones.
 
     Raises:
-        ShardWriteError: no such folder, no classes, a class without pictures or without a number.
+        ShardWriteError: no such folder, no classes, a class without pictures or without a number, or whose name is not
+            UTF-8.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ShardWriteError(f"no such image folder: {root}")
-    present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    left = _LeftOut()
+    present = []
+    for path in sorted(root.iterdir()):
+        if not path.is_dir():
+            left.file(path.name, "outside of any class")
+        elif _is_hidden(path.name):
+            left.add("hidden folders", path.name)
+        elif text.has_surrogates(path.name):
+            raise ShardWriteError(f"{root}: the name of folder {printed(path.name)} is not UTF-8: rename it")
+        else:
+            present.append(path.name)
     names = present if classes is None else read_classes(classes)
     if unknown := sorted(set(present) - set(names)):
         raise ShardWriteError(f"{root}: folders {unknown[:3]} are not in the list of classes {classes}")
     items: list[tuple[str, int]] = []
     for label, name in enumerate(names):
-        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _EXTENSIONS)
+        files = sorted(_walk(root / name, name, left)) if name in present else []
         if not files and name in present:
             raise ShardWriteError(f"{root / name} holds no pictures ({', '.join(sorted(_EXTENSIONS))})")
         items += [(path.relative_to(root).as_posix(), label) for path in files]
-    return _source(f"image folder: {root.name}", root, items, names, question)
+    return _source(f"image folder: {root.name}", root, items, names, question, left.notes())
+
+
+@dataclass
+class _LeftOut:
+    """What a walk through folders leaves out: reason → how many, and the first one."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, name)
+
+    def file(self, name: str, reason: str = "") -> None:
+        """A file: its own name says why, unless `reason` does."""
+        last = name.rpartition("/")[2]
+        if _is_hidden(last):
+            self.add("hidden files", name)
+        elif reason:
+            self.add(f"files {reason}", name)
+        else:
+            self.add(f"files with the extension {Path(last).suffix.lower() or '(none)'}", name)
+
+    def notes(self) -> list[str]:
+        return [f"{count} {reason}, such as {printed(self.first[reason])}" for reason, count in self.counts.items()]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or is_sidecar(name)
+
+
+def _walk(folder: Path, name: str, left: _LeftOut, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """The pictures below a folder, through links too, but never into a folder that it lies in."""
+    status = folder.stat()
+    here = above | {(status.st_dev, status.st_ino)}
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda one: one.name):
+            inner = f"{name}/{entry.name}"
+            if not entry.is_dir():
+                if Path(entry.name).suffix.lower() in _EXTENSIONS and not _is_hidden(entry.name):
+                    yield folder / entry.name
+                else:
+                    left.file(inner)
+                continue
+            target = entry.stat()
+            if _is_hidden(entry.name):
+                left.add("hidden folders", inner)
+            elif (target.st_dev, target.st_ino) in here:
+                left.add("links to a folder that they lie in", inner)
+            else:
+                yield from _walk(folder / entry.name, inner, left, here)
 
 
 def read_image_lists(
@@ -84,23 +158,22 @@ def read_classes(file: str | Path) -> list[str]:
     Raises:
         ShardWriteError: it cannot be read, or a name is empty or occurs twice.
     """
-    try:
-        names = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardWriteError(f"cannot read the classes {file}: {error}") from None
-    names = [name.strip() for name in names]
+    names = [name.strip() for name in _read(file).splitlines()]
     if not names or "" in names or len(set(names)) < len(names):
         raise ShardWriteError(f"{file}: needs one class name per line, none empty and none twice")
     return names
 
 
-def _lines(file: str | Path) -> list[tuple[str, int]]:
+def _read(file: str | Path) -> str:
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardWriteError(f"cannot read {file}: {error}") from None
+        return text.read_text(file)
+    except text.TextError as error:
+        raise ShardWriteError(str(error)) from None
+
+
+def _lines(file: str | Path) -> list[tuple[str, int]]:
     items = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read(file).splitlines(), start=1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
@@ -126,17 +199,31 @@ def _names_of_folders(items: Sequence[tuple[str, int]]) -> list[str]:
     return [names[label] for label in sorted(names)]
 
 
-def _source(description: str, root: Path, items: list[tuple[str, int]], names: list[str], question: str) -> Source:
+def _source(
+    description: str,
+    root: Path,
+    items: list[tuple[str, int]],
+    names: list[str],
+    question: str,
+    notes: Sequence[str] = (),
+) -> Source:
     if not items:
         raise ShardWriteError(f"{description}: no pictures")
     if not question.strip():
         raise ShardWriteError("the question must not be empty")
+    for name in (question, *names):
+        try:
+            check_text({"question": question, "answers": [name], "question_id": ""})
+        except SampleError as error:
+            raise ShardWriteError(f"{description}: class {printed(name)}: {error}") from None
     spoken = [name.replace("_", " ") for name in names]
     if len(set(spoken)) < len(spoken):
         raise ShardWriteError(f"{description}: two class names differ only by '_' and a blank")
     keys = unique_keys([path.rpartition(".")[0] or path for path, _ in items], [path for path, _ in items])
     records = []
     for key, (path, label) in zip(keys, items, strict=True):
-        content = {"question": question, "answers": [spoken[label]], "question_id": path, "image_id": path}
+        # A file's name may be any bytes; what is written into JSON is text.
+        shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        content = {"question": question, "answers": [spoken[label]], "question_id": shown, "image_id": shown}
         records.append(Record(key, (str(root / path),), encode_json(content), label=label))
-    return Source(description, records, spoken)
+    return Source(description, records, spoken, notes=list(notes))

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.data.shards import ShardWriteError
-from scale_digrap.data.sources.records import Question, Source, image_folder, load_json, string_list, to_source
+from scale_digrap.data.sources.records import (
+    Question,
+    Source,
+    identifier,
+    image_folder,
+    load_json,
+    printed,
+    string_list,
+    to_source,
+)
 
 _ANSWERS = ("answer", "answers")
+_WEIGHTS = ("weight", "weights", "answer_weight", "answer_weights")
 _NOT_KEPT = frozenset({"image", "question", *_ANSWERS})
+_ANNOTATORS = 10
 
 
 def read_lavis(
@@ -23,13 +34,14 @@ def read_lavis(
 
     Args:
         annotations: JSON files. ``image`` is a path below `images`, a list of them, or null for text alone; ``answer``
-            (or ``answers``) a string or a list of them. Other fields are kept.
+            (or ``answers``) a string or a list of them. Other fields are kept. A list of ``weight`` with one number
+            per answer says what part of ten annotators gave it; the ten answers are written.
         images: folder that the paths begin in.
         grouped: all questions about the same images in one record.
         drop_incomplete: see `records.to_source`.
 
     Raises:
-        ShardWriteError: files of another form.
+        ShardWriteError: files of another form, or weights that are not tenths.
     """
     folder = image_folder(images)
     found: list[Question] = []
@@ -46,22 +58,48 @@ def _question(entry: dict[str, Any], folder: Path, file: str | Path, number: int
     for name in ("image", "question", "question_id"):
         if name not in entry:
             raise ShardWriteError(f"{file}: entry {number} lacks {name!r} (it has {', '.join(entry) or 'nothing'})")
-    identity = str(entry["question_id"])
+    identity = str(identifier(entry, "question_id", f"{file}: entry {number}"))
     value = next((entry[name] for name in _ANSWERS if name in entry), None)
-    answers = string_list(value) if value is not None else None
+    where = f"{file}: entry {number} (question_id {identity})"
+    answers = string_list(value, where=where) if value is not None else None
     if answers is None:
         raise ShardWriteError(
             f"{file}: entry {number} (question_id {identity}) has no answer, or not strings: {value!r}"
         )
+    weighted = next((name for name in _WEIGHTS if isinstance(entry.get(name), list)), None)
+    if weighted is not None:
+        answers = _by_weight(answers, entry[weighted], f"{where}: {weighted!r}")
     images = entry["image"]
     names = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(name, str) for name in names):
-        raise ShardWriteError(
-            f"{file}: entry {number}: 'image' must be a path, a list of paths or null, got {images!r}"
-        )
-    content = {name: value for name, value in entry.items() if name not in _NOT_KEPT}
+        raise ShardWriteError(f"{where}: 'image' must be a path, a list of paths or null, got {printed(images)}")
+    content = {name: value for name, value in entry.items() if name not in _NOT_KEPT and name != weighted}
     if names:
         # What tells later which picture a question was about; a contamination check compares it.
         content.setdefault("image_id", names[0] if len(names) == 1 else names)
     content |= {"question_id": identity, "question": entry["question"], "answers": answers}
     return Question(identity, tuple(str(folder / name) for name in names), content)
+
+
+def _by_weight(answers: list[str], weights: list[Any], where: str) -> list[str]:
+    """Unique answers with the part of the annotators that gave each → the annotators' ten answers.
+
+    Written once each, all of them would count as equally frequent: an answer that nine of ten people gave would score
+    like that of the tenth.
+
+    Raises:
+        ShardWriteError: weights that do not make ten answers.
+    """
+    shown = f"{where} is {printed(weights)} for {len(answers)} answers"
+    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0]
+    if len(weights) != len(answers) or len(numbers) != len(weights):
+        raise ShardWriteError(f"{shown}: there must be one positive number per answer")
+    parts = numbers if sum(numbers) > 1.5 else [_ANNOTATORS * number for number in numbers]
+    counts = [round(part) for part in parts if part <= _ANNOTATORS]
+    exact = len(counts) == len(parts) and all(abs(p - c) < 0.05 for p, c in zip(parts, counts, strict=True))
+    if not exact or sum(counts) != _ANNOTATORS:
+        raise ShardWriteError(
+            f"{shown}: they do not make {_ANNOTATORS} answers. Write every annotator's answer, in a list without "
+            "weights"
+        )
+    return [answer for answer, count in zip(answers, counts, strict=True) for _ in range(count)]

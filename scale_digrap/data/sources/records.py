@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scale_digrap.data.errors import SampleError
+from scale_digrap.data.sample import check_text
 from scale_digrap.data.shards import ShardWriteError, encode_json
+from scale_digrap.runtime import text
 
 _LONGEST_KEY = 80
 _NO_TEXT, _NO_ANSWERS = "without text", "without answers"
@@ -38,13 +41,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All records of a data set, in its own order, the names of its classes if it has any, and what was left out on
-    request: reason → questions."""
+    """All records of a data set, in its own order, the names of its classes if it has any, what was left out on
+    request (reason → questions), and what else a person should know: one line each."""
 
     description: str
     records: list[Record]
     classes: list[str] | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,8 @@ def check_content(identity: str, content: dict[str, Any]) -> None:
     """Refuse a question that no loader would take.
 
     Raises:
-        ShardWriteError: no text, or no answers, or answers that are not strings.
+        ShardWriteError: no text, or no answers, or answers that are not strings; text that no file or tokenizer takes;
+            a number that is not finite anywhere in it (pandas writes ``NaN`` for what is missing).
     """
     question, answers = content.get("question"), content.get("answers")
     incomplete = _incomplete(content)
@@ -154,6 +159,37 @@ def check_content(identity: str, content: dict[str, Any]) -> None:
             f"question {identity}: needs a list of one or more answers, got {answers!r}. --drop-incomplete leaves out "
             "those that have none"
         )
+    try:
+        check_text({**content, "question_id": identity})
+    except SampleError as error:
+        raise ShardWriteError(f"question {printed(identity)}: {error}") from None
+    if (problem := unwritable(content)) is not None:
+        raise ShardWriteError(f"question {printed(identity)}: {problem}")
+
+
+def printed(value: Any) -> str:
+    """A value from a file, short and printable, for a message."""
+    return text.one_line(value if isinstance(value, str) else repr(value), 120)
+
+
+def unwritable(value: Any, name: str = "") -> str | None:
+    """What in nested plain values cannot be written as JSON, by name; None if all can."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"its field {name!r} is {value}, which JSON does not have: leave it out, or write null or text"
+    if isinstance(value, str):
+        return f"its field {name!r} holds half a character: {printed(value)}" if text.has_surrogates(value) else None
+    if isinstance(value, Mapping):
+        return next(
+            (
+                problem
+                for key, one in value.items()
+                if (problem := unwritable(key, str(key)) or unwritable(one, name or str(key))) is not None
+            ),
+            None,
+        )
+    if isinstance(value, (list, tuple)):
+        return next((problem for one in value if (problem := unwritable(one, name)) is not None), None)
+    return None
 
 
 def _incomplete(content: dict[str, Any]) -> str:
@@ -176,22 +212,23 @@ def unique_keys(names: Sequence[str], identities: Sequence[str] | None = None) -
     keys = []
     for identity, key in zip(identities or names, plain, strict=True):
         if counts[key] > 1 or len(key) > _LONGEST_KEY:
-            key = f"{key[: _LONGEST_KEY - 13]}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+            digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
+            key = f"{key[: _LONGEST_KEY - 13]}-{digest[:12]}"
         keys.append(key)
     return keys
 
 
 def load_json(path: str | Path) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, UTF-8 with or without a byte order mark.
 
     Raises:
         ShardWriteError: it cannot be read, or is not JSON.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise ShardWriteError(f"cannot read {path}: {error}") from None
+        # NaN passes here, and is refused with the entry that it stands in.
+        return text.read_json(path, finite=False)
+    except text.TextError as error:
+        raise ShardWriteError(str(error)) from None
 
 
 def load_entries(path: str | Path, name: str = "") -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -225,6 +262,26 @@ def required(entry: dict[str, Any], name: str, file: str | Path) -> Any:
     return entry[name]
 
 
+def identifier(entry: dict[str, Any], name: str, file: str | Path) -> str | int:
+    """An id in an entry: text or a whole number. ``9.0`` is 9: pandas writes so where another id is missing.
+
+    Raises:
+        ShardWriteError: the entry lacks it, or it is anything else (NaN, null, true, a list).
+    """
+    found = whole(required(entry, name, file))
+    if isinstance(found, bool) or not isinstance(found, (str, int)) or found == "":
+        others = {key: value for key, value in entry.items() if key != name}
+        raise ShardWriteError(
+            f"{file}: {name!r} is {printed(found)}, and must be text or a whole number, in the entry {printed(others)}"
+        )
+    return found
+
+
+def whole(value: Any) -> Any:
+    """A whole number that is written with a decimal point as an integer; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53 else value
+
+
 def image_folder(path: str | Path) -> Path:
     """A folder that pictures lie in.
 
@@ -237,13 +294,32 @@ def image_folder(path: str | Path) -> Path:
     return folder
 
 
-def string_list(answers: Any, take: Callable[[Any], Any] = lambda answer: answer) -> list[str] | None:
-    """Answers as a list of strings: a lone string or number is a list of one; None for anything else."""
+def string_list(
+    answers: Any, take: Callable[[Any], Any] = lambda answer: answer, *, where: str = "the entry"
+) -> list[str] | None:
+    """Answers as a list of strings: a lone string or number is a list of one; None for anything else.
+
+    Args:
+        answers: of an entry.
+        take: gets the text out of one of them.
+        where: names the entry in errors.
+
+    Raises:
+        ShardWriteError: a number that does not say how it is written: NaN (pandas' word for "missing"), or 2.0, which
+            may have been 2.
+    """
     items: Iterable[Any] = answers if isinstance(answers, list) else [answers]
     try:
         values = [take(item) for item in items]
     except (TypeError, KeyError):
         return None
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ShardWriteError(f"{where}: its answer is {value}, which is no answer: write text, or leave it out")
+        if isinstance(value, float) and value.is_integer():
+            raise ShardWriteError(
+                f"{where}: its answer is the number {value}: write it as text, {str(int(value))!r} or {str(value)!r}"
+            )
     if not all(isinstance(value, (str, int, float)) and not isinstance(value, bool) for value in values):
         return None
     return [str(value) for value in values]

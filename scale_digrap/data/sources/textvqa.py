@@ -9,11 +9,12 @@ from scale_digrap.data.shards import ShardWriteError
 from scale_digrap.data.sources.records import (
     Question,
     Source,
+    identifier,
     image_folder,
     load_entries,
-    required,
     string_list,
     to_source,
+    whole,
 )
 
 _KEPT = ("image_id", "image_classes", "set_name")
@@ -39,15 +40,21 @@ def read_textvqa(
     found: list[Question] = []
     for file in annotations:
         for entry in load_entries(file, "data")[0]:
-            identity, image = str(required(entry, "question_id", file)), str(required(entry, "image_id", file))
-            answers = string_list(entry.get("answers"))
+            identity = str(identifier(entry, "question_id", file))
+            image = str(identifier(entry, "image_id", file))
+            answers = string_list(entry.get("answers"), where=f"{file}: question_id {identity}")
             if answers is None:
                 raise ShardWriteError(
                     f"{file}: question_id {identity} has no list of answers (the test set has none and cannot be "
                     "written)"
                 )
             content = {name: entry[name] for name in _KEPT if name in entry}
-            content |= {"question_id": identity, "question": entry.get("question"), "answers": answers}
+            content |= {
+                "image_id": whole(entry["image_id"]),
+                "question_id": identity,
+                "question": entry.get("question"),
+                "answers": answers,
+            }
             found.append(Question(identity, (str(folder / f"{image}.jpg"),), content))
     description = f"textvqa: {', '.join(Path(file).name for file in annotations)}"
     return to_source(description, found, grouped=grouped, shared=_SHARED, drop_incomplete=drop_incomplete)

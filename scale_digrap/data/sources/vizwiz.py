@@ -15,6 +15,7 @@ from scale_digrap.data.sources.records import (
     required,
     string_list,
     to_source,
+    whole,
 )
 
 _KEPT = ("answer_type", "answerable")
@@ -47,11 +48,21 @@ def read_vizwiz(
     unanswerable = 0
     for file in annotations:
         for entry in load_entries(file)[0]:
-            image = str(required(entry, "image", file))
-            if drop_unanswerable and int(required(entry, "answerable", file)) == 0:
-                unanswerable += 1
-                continue
-            answers = string_list(entry.get("answers"), lambda one: one["answer"] if isinstance(one, dict) else one)
+            image = required(entry, "image", file)
+            if not isinstance(image, str) or not image:
+                raise ShardWriteError(f"{file}: 'image' is {image!r}, and must be the name of a picture")
+            if drop_unanswerable:
+                answerable = whole(required(entry, "answerable", file))
+                if answerable not in (0, 1):
+                    raise ShardWriteError(f"{file}: 'answerable' of {image} is {answerable!r}, and must be 0 or 1")
+                if answerable == 0:
+                    unanswerable += 1
+                    continue
+            answers = string_list(
+                entry.get("answers"),
+                lambda one: one["answer"] if isinstance(one, dict) else one,
+                where=f"{file}: the entry of {image}",
+            )
             if answers is None:
                 raise ShardWriteError(
                     f"{file}: the entry of {image} has no list of answers (the test set has none and cannot be written)"

@@ -16,12 +16,13 @@ from scale_digrap.data.shards import ShardWriteError
 from scale_digrap.data.sources.records import (
     Question,
     Source,
+    identifier,
     image_folder,
     load_entries,
     load_json,
-    required,
     string_list,
     to_source,
+    whole,
 )
 
 _SHARED = ("image_id", "coco_split", "data_subtype")
@@ -90,7 +91,7 @@ def read_vqa(
                     f"{_HINT if not derived else ''}"
                 )
             seen.add(identity)
-            if kept is not None and str(entry["question_id"]) not in kept:
+            if kept is not None and _question_id(entry, file) not in kept:
                 annotated.pop(identity, None)
                 continue
             annotation = annotated.pop(identity, None)  # VQAv2's would otherwise be in memory twice
@@ -123,21 +124,26 @@ def _question(
     file: str | Path,
     derived: str | None,
 ) -> Question:
-    identity = str(entry["question_id"])
-    if str(annotation.get("image_id", entry.get("image_id"))) != str(required(entry, "image_id", file)):
+    identity, image = _question_id(entry, file), identifier(entry, "image_id", file)
+    if str(whole(annotation.get("image_id", image))) != str(image):
         raise ShardWriteError(
             f"{file}: question_id {identity} is about image {entry['image_id']}, its annotation about image "
             f"{annotation['image_id']}: the files do not belong together"
         )
-    answers = string_list(annotation.get("answers"), lambda one: one["answer"] if isinstance(one, dict) else one)
+    answers = string_list(
+        annotation.get("answers"),
+        lambda one: one["answer"] if isinstance(one, dict) else one,
+        where=f"{file}: the annotation of question_id {identity}",
+    )
     if answers is None:
         raise ShardWriteError(f"{file}: the annotation of question_id {identity} has no list of answers")
     content = {name: value for name, value in {**annotation, **entry}.items() if name not in _NOT_KEPT}
+    content |= {"question_id": whole(entry["question_id"]), "image_id": image}
     if derived is not None:
         content |= DERIVED[derived](content, file)
         identity = content["question_id"]
     content |= {"question_id": identity, "question": entry.get("question"), "answers": answers}
-    return Question(identity, (finder.path(entry["image_id"], subset),), content)
+    return Question(identity, (finder.path(image, subset),), content)
 
 
 def _edited(content: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
@@ -175,12 +181,12 @@ DERIVED: Mapping[str, Callable[[Mapping[str, Any], str | Path], dict[str, Any]]]
 
 
 def _question_id(entry: dict[str, Any], file: str | Path) -> str:
-    return str(required(entry, "question_id", file))
+    return str(identifier(entry, "question_id", file))
 
 
 def _pair(entry: dict[str, Any], file: str | Path) -> str:
     """What an entry of a derived set is known by in both files."""
-    return f"{_question_id(entry, file)} about image {required(entry, 'image_id', file)}"
+    return f"{_question_id(entry, file)} about image {identifier(entry, 'image_id', file)}"
 
 
 def _ids(file: str | Path) -> set[str]:
@@ -191,7 +197,9 @@ def _ids(file: str | Path) -> set[str]:
         )
     if not isinstance(content, list) or not content:
         raise ShardWriteError(f"{file}: expected a list of question_ids, or of entries that have one")
-    return {str(required(one, "question_id", file) if isinstance(one, dict) else one) for one in content}
+    return {
+        str(identifier(one if isinstance(one, dict) else {"question_id": one}, "question_id", file)) for one in content
+    }
 
 
 def _check_kept(kept: set[str], found: Sequence[Question], file: str | Path | None) -> None:
