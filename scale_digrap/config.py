@@ -146,6 +146,16 @@ class DataConfig:
     retries: int = 5
     """Attempts after a failed read or download, with pauses that double; then the run ends."""
 
+    cache_shared: bool = False
+    """Use a cache folder that other users can write to: they are trusted. Each shard is hashed once a process."""
+
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """For fsspec's file systems: ``profile``, ``endpoint_url``, ``anon``, ``key: ${oc.env:…}``, …; what stands under
+    the name of a protocol (``s3: {profile: lab}``), for that one alone."""
+
+    redirect_hosts: list[str] = field(default_factory=list)
+    """Hosts that a web server may redirect to, besides itself."""
+
     allow_pipe: bool = False
     """Run ``pipe:COMMAND`` URLs in a shell."""
 

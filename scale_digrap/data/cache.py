@@ -3,6 +3,10 @@
 Each shard has, besides its file, three lock files that outlive it: ``.lock`` is held by the one process that downloads
 or removes it, ``.pin`` is shared by those that use it, ``.ahead`` by those that will. The kernel drops all three when a
 process dies, however it dies.
+
+The folder is private (:func:`scale_digrap.data.places.private_folder`), and nothing in it is opened through a link. A
+shard counts only together with its note, which names its size, its checksum and the file that was checked: a file that
+was put there or written to afterwards is another one.
 """
 
 from __future__ import annotations
@@ -10,31 +14,53 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scale_digrap.data.errors import DataError
+from scale_digrap.data.descriptors import most_pins
 from scale_digrap.data.fetch import part_files
+from scale_digrap.data.places import (
+    CacheError,
+    NotPrivateError,
+    identity,
+    is_kept,
+    open_lock,
+    private_folder,
+    read_note,
+    write_note,
+)
+
+__all__ = ["CacheError", "Note", "ShardCache"]
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_caches: weakref.WeakSet[ShardCache] = weakref.WeakSet()  # of this process: they share one limit
 _NAME = re.compile(r"[0-9a-f]{16}-")  # what `urls.cache_name` makes; the rest of the folder is not touched
-
-
-class CacheError(DataError):
-    """The shard cache cannot be used, or has no room."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of a complete file in the cache."""
+    """What is known of a complete file in the cache.
+
+    Attributes:
+        size: bytes.
+        sha256: of the file, as it was when it was complete.
+        version: what its source called this content (ETag, time); None if it gave no name.
+        file: :func:`scale_digrap.data.places.identity` of the file whose checksum that is.
+    """
 
     size: int
     sha256: str
+    version: str | None = None
+    file: tuple[int, ...] | None = None
 
 
 class ShardCache:
@@ -46,22 +72,27 @@ class ShardCache:
         folder: on a disk of this node: network file systems do not all keep locks.
         max_bytes: of complete and unfinished shards together; None is without limit.
         timeout_s: how long a shard waits for others to give up room before that is an error.
+        shared: other users may write to the folder, and are trusted.
 
     Raises:
-        CacheError: the folder cannot be made or written to.
+        CacheError: the folder cannot be made or written to, or is not private.
     """
 
-    def __init__(self, folder: Path, max_bytes: int | None, timeout_s: float) -> None:
+    def __init__(self, folder: Path, max_bytes: int | None, timeout_s: float, shared: bool = False) -> None:
         if max_bytes is not None and max_bytes < 1:
             raise CacheError(f"the size limit of the shard cache must be at least 1 byte, got {max_bytes}")
-        self.folder, self.max_bytes, self.timeout_s = folder, max_bytes, timeout_s
+        self.folder, self.max_bytes, self.timeout_s, self.shared = folder, max_bytes, timeout_s, shared
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder, shared=shared)
             with self.exclusive("evict"):
                 pass
+        except NotPrivateError:
+            raise
         except OSError as error:
-            raise CacheError(f"the shard cache {folder} cannot be used: {error}") from None
+            raise CacheError(f"the shard cache {folder} cannot be used: {error.strerror or error}") from None
         self._pins: dict[Path, int] = {}
+        self._said = False
+        _caches.add(self)
         self._mutex = threading.Lock()
 
     def after_fork(self) -> None:
@@ -77,19 +108,31 @@ class ShardCache:
 
     def note(self, name: str) -> Note | None:
         """Size and checksum of a complete shard, None if it is not (wholly) there."""
+        data = read_note(self._note_file(name), shared=self.shared)
+        if data is None or not is_kept(self.file(name), shared=self.shared):
+            return None
         try:
-            content = json.loads(self._note_file(name).read_text())
-            note = Note(int(content["size"]), str(content["sha256"]))
-            return note if self.file(name).stat().st_size == note.size else None
-        except (OSError, ValueError, KeyError, TypeError):
+            content = json.loads(data)
+            file, version = content.get("file"), content.get("version")
+            note = Note(
+                int(content["size"]),
+                str(content["sha256"]),
+                None if version is None else str(version),
+                None if file is None else tuple(int(part) for part in file),
+            )
+            return note if os.lstat(self.file(name)).st_size == note.size else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
-    def keep(self, name: str, size: int, sha256: str) -> None:
-        """Record a shard that has just been completed."""
+    def is_as_kept(self, name: str, note: Note) -> bool:
+        """Whether the file is the very one that the note was made for."""
+        return note.file is not None and note.file == identity(self.file(name))
+
+    def keep(self, name: str, size: int, sha256: str, version: str | None = None) -> None:
+        """Record a shard whose checksum has just been computed; the caller holds ``NAME.lock``."""
         self._failure_file(name).unlink(missing_ok=True)
-        unfinished = self._note_file(name).with_suffix(".tmp")
-        unfinished.write_text(json.dumps({"size": size, "sha256": sha256}))
-        os.replace(unfinished, self._note_file(name))
+        note = {"size": size, "sha256": sha256, "version": version, "file": identity(self.file(name))}
+        self._write(self._note_file(name), json.dumps(note))
 
     def touch(self, name: str) -> None:
         """Mark a shard as just used."""
@@ -104,20 +147,24 @@ class ShardCache:
         freed = 0
         for path in (self.file(name), *part_files(self.file(name)), self.folder / f"{name}.idx"):
             with contextlib.suppress(FileNotFoundError):
-                freed += path.stat().st_size
+                size = os.lstat(path).st_size
                 path.unlink()
+                freed += size
         return freed
 
     def fail(self, name: str, message: str) -> None:
         """Tell those who wait for this download that it cannot be had: they need not all find out for themselves."""
-        self._failure_file(name).write_text(message)
+        self._write(self._failure_file(name), message[:8192])
 
     def failure(self, name: str, since: float) -> str | None:
         """What `fail` was told at or after the time `since` (s since the epoch)."""
+        path = self._failure_file(name)
         try:
-            return self._failure_file(name).read_text() if self._failure_file(name).stat().st_mtime >= since else None
+            fresh = os.lstat(path).st_mtime >= since
         except FileNotFoundError:
             return None
+        data = read_note(path, shared=self.shared) if fresh else None
+        return None if data is None else data.decode("utf-8", "replace")
 
     # Locks
 
@@ -131,18 +178,32 @@ class ShardCache:
                 pause = min(2 * pause, 0.5)
             yield
 
-    def pin(self, name: str, *, ahead: bool = False) -> None:
+    def pin(self, name: str, *, ahead: bool = False, must: bool = False) -> None:
         """Keep a shard (there already or not) from being removed by any process.
+
+        A pin is an open file, and their number is limited: beyond a share of the limit only those that must be had.
 
         Args:
             name: its cache name.
+            must: it is going to be opened now.
             ahead: it will be needed later: kept from those who also fetch ahead, given up to those who need room now.
         """
         with self._mutex:
             path = self._pin_file(name, ahead)
             if path in self._pins or self.max_bytes is None:
                 return
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            held = sum(len(cache._pins) for cache in list(_caches))
+            if held >= most_pins() and not must:
+                if not self._said:
+                    self._said = True
+                    log.warning(
+                        "%s: %d shards are pinned, as many as the limit on open files allows: others may be removed "
+                        "and fetched again. Raise it (ulimit -n) or set a smaller data.window",
+                        self.folder,
+                        held,
+                    )
+                return
+            descriptor = open_lock(path, shared=self.shared)
             # Waits at most for a removal that is under way.
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             self._pins[path] = descriptor
@@ -195,7 +256,7 @@ class ShardCache:
                 total = self._shrink(name, self.max_bytes - size, ahead)
                 if total + size <= self.max_bytes:
                     # Counts from here on, though nothing is written yet.
-                    self._claim_file(name).write_text(str(size))
+                    self._write(self._claim_file(name), str(size))
                     return True
             if ahead:
                 return False
@@ -234,11 +295,11 @@ class ShardCache:
             if kind not in ("", ".part", ".claim", ".note") or not _NAME.match(name):
                 continue
             try:
-                stat = entry.stat()
+                stat = entry.stat(follow_symlinks=False)
                 held = stat.st_size
                 if kind == ".claim":
                     # A claim is worth its size while its download runs; the part file is within it.
-                    held = int(Path(entry.path).read_text() or 0) if self._is_locked(name) else 0
+                    held = int(read_note(Path(entry.path), shared=self.shared) or 0) if self._is_locked(name) else 0
             except (FileNotFoundError, ValueError):
                 continue
             last, before = used.get(name, (0.0, 0))
@@ -260,13 +321,16 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _opened(self, path: Path) -> Iterator[int]:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_lock(path, shared=self.shared)
         try:
             yield descriptor
         finally:
             # A process forked meanwhile by another thread holds a copy: closing ours alone would not unlock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+    def _write(self, path: Path, text: str) -> None:
+        write_note(path, text, 0o644 if self.shared else 0o600)
 
     def _note_file(self, name: str) -> Path:
         return self.folder / f"{name}.note"

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder
+from scale_digrap.data.descriptors import OPEN_SHARDS
 from scale_digrap.data.errors import DataError, ReadError, SampleError, ShardDamage
 from scale_digrap.data.faults import FaultPolicy, retry
 from scale_digrap.data.fields import field_order, is_image
@@ -33,7 +33,6 @@ from scale_digrap.data.scan import ShardIndex
 from scale_digrap.data.store import ShardStore
 from scale_digrap.data.urls import basename, beside, is_local, scheme, show
 
-_OPEN_SHARDS = 256
 _HEADER = 512
 _GAP = 1 << 16
 _SMALLEST_QUESTION = 40
@@ -80,8 +79,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         self.urls = self.store.expand(urls)
         self._names = [show(url) for url in self.urls]
         self.remote = not all(is_local(url) for url in self.urls)
-        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._process = os.getpid()
+        self._owner = object()  # of its entries among the open shards of this process
         self._said: set[str] = set()
         self._lines: dict[int, ShardEntry] = {}
         manifests = self._manifests()
@@ -169,20 +167,17 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
 
     def close(self) -> None:
         """Close the shards; they open again on the next access."""
-        if self._process == os.getpid():
-            for opened in self._shards.values():
-                opened.close()
-        self._shards.clear()
+        OPEN_SHARDS.drop(self._owner)
 
     def __del__(self) -> None:
-        if getattr(self, "_shards", None):
+        if getattr(self, "_owner", None) is not None:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _process=os.getpid())
+        self.__dict__.update(state, _owner=object())
 
     # Opening
 
@@ -219,7 +214,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
             # set (made by other rules, rewritten since) is most often wrong with all of it.
             if line.layout and (number or not is_local(url)):
                 return line
-        index = self._index(number, line)
+        index = OPEN_SHARDS.retry(lambda: self._index(number, line))
         if line is not None and line.samples != index.samples:
             raise ShardDamage(
                 show(url),
@@ -247,13 +242,12 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         return hash_shard(self.store.path(self.urls[number], self._lines.get(number)), index).sha256
 
     def _open(self, shard: int) -> _OpenShard:
-        if self._process != os.getpid():  # forked: descriptors are the parent's to close
-            self._process = os.getpid()
-            self._shards = OrderedDict()
-        opened = self._shards.get(shard)
-        if opened is not None:
-            self._shards.move_to_end(shard)
-            return opened
+        opened: _OpenShard | None = OPEN_SHARDS.get(self._owner, shard)
+        if opened is None:
+            opened = OPEN_SHARDS.put(self._owner, shard, lambda: self._opened(shard))
+        return opened
+
+    def _opened(self, shard: int) -> _OpenShard:
         entry = self.entries[shard]
         index = self._index(shard, self._lines.get(shard))
         if index.layout != entry.layout:
@@ -265,13 +259,9 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
                 f"has {index.samples} samples, its manifest says {entry.samples}: index the folder again",
             )
         self._say_unread(index)
-        opened = _OpenShard(
+        return _OpenShard(
             self.name(shard), self.store.path(self.urls[shard], self._lines.get(shard)), index, self.faults
         )
-        self._shards[shard] = opened
-        if len(self._shards) > _OPEN_SHARDS:
-            self._shards.popitem(last=False)[1].close()
-        return opened
 
     def _say_unread(self, index: ShardIndex) -> None:
         """Say once what lies in the shards and no loader reads: among several processes, the first one does."""
@@ -430,10 +420,14 @@ class _OpenShard:
 
     def _pread(self, size: int, offset: int) -> bytes:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = OPEN_SHARDS.retry(lambda: os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         return os.pread(self._descriptor, size, offset)
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()

@@ -15,8 +15,9 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from scale_digrap.data.places import CacheError, is_kept, open_kept, read_note, write_note
 from scale_digrap.data.streams import FetchError, FetchOptions, Stream, TryAgainError, open_stream
 from scale_digrap.data.urls import scheme, show
 
@@ -28,6 +29,14 @@ _PROGRESS = 1 << 20  # bytes after which a broken connection starts a new count 
 _LONGEST_PAUSE_S = 60.0
 
 
+class Complete(NamedTuple):
+    """What has been fetched: bytes, SHA-256 in hexadecimal, and what its source calls this content, if anything."""
+
+    size: int
+    sha256: str
+    version: str | None
+
+
 def fetch(
     url: str,
     target: Path,
@@ -36,7 +45,7 @@ def fetch(
     size: int | None = None,
     sha256: str | None = None,
     reserve: Callable[[int], None] = lambda size: None,
-) -> tuple[int, str]:
+) -> Complete:
     """Download `url` to `target`, going on from what an earlier attempt left in ``target.part``.
 
     The caller sees to it that only one process does this at a time.
@@ -46,9 +55,6 @@ def fetch(
         target: appears complete (synced, then renamed), or not at all.
         size, sha256: what the object must be; None if nobody has said.
         reserve: called with the size in bytes before anything is written, once it is known; may raise.
-
-    Returns:
-        Size in bytes and sha256 (hex) of the file.
 
     Raises:
         FetchError: after the last retry, or at once for what no retry mends (not found, not allowed).
@@ -75,6 +81,27 @@ def fetch(
     raise FetchError(f"{show(url)} could not be fetched in {failures} attempts; the last one: {reason}")
 
 
+def look(url: str, options: FetchOptions) -> tuple[int | None, str | None]:
+    """Size in bytes and version of an object as it is now, each None if its place does not say.
+
+    Raises:
+        FetchError: it cannot be asked for, after the retries.
+    """
+    failures = 0
+    while True:
+        try:
+            stream = open_stream(url, 0, None, options, head=True)
+            stream.close()
+            return stream.size, stream.version
+        except TryAgainError as error:
+            failures += 1
+            if failures > options.retries:
+                raise FetchError(
+                    f"{show(url)} could not be asked for in {failures} attempts; the last one: {error}"
+                ) from None
+            time.sleep(min(options.backoff_s * 2 ** (failures - 1), _LONGEST_PAUSE_S))
+
+
 def part_files(target: Path) -> tuple[Path, Path]:
     """Where an unfinished download lies, and the note about its version."""
     return target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
@@ -87,7 +114,7 @@ def _attempt(
     size: int | None,
     sha256: str | None,
     reserve: Callable[[int], None],
-) -> tuple[int, str]:
+) -> Complete:
     part, note = part_files(target)
     offset, version = _resumable(part, note)
     if size is not None and offset > size:
@@ -106,7 +133,7 @@ def _attempt(
             reserve(whole)
         _write_note(note, stream.version, whole)
         digest = hashlib.sha256()
-        with open(part, "r+b" if part.exists() else "w+b") as file:
+        with os.fdopen(_open_part(part), "r+b") as file:
             while file.tell() < stream.start:
                 block = file.read(min(_CHUNK, stream.start - file.tell()))
                 if not block:
@@ -130,7 +157,16 @@ def _attempt(
     os.replace(part, target)
     note.unlink(missing_ok=True)
     sync_folder(target.parent)
-    return got, digest.hexdigest()
+    return Complete(got, digest.hexdigest(), stream.version)
+
+
+def _open_part(part: Path) -> int:
+    """The unfinished file, if it is this user's own; a new one in place of anything else that lies there."""
+    try:
+        return open_kept(part, os.O_RDWR, shared=False)
+    except (FileNotFoundError, PermissionError, CacheError):
+        part.unlink(missing_ok=True)
+        return open_kept(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o644)
 
 
 def _copy(stream: Stream, file: Any, digest: Any, timeout_s: float, whole: int | None) -> None:
@@ -150,24 +186,20 @@ def _copy(stream: Stream, file: Any, digest: Any, timeout_s: float, whole: int |
 
 def _resumable(part: Path, note: Path) -> tuple[int, str | None]:
     """How much of which version is there; nothing if its version is unknown."""
+    data = read_note(note, shared=False)
     try:
-        version = json.loads(note.read_text())["version"]
-    except (OSError, ValueError, KeyError, TypeError):
+        version = None if data is None else json.loads(data)["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0, None
-    return (_length(part), version) if version else (0, None)
+    return (_length(part), version) if isinstance(version, str) and version else (0, None)
 
 
 def _write_note(note: Path, version: str | None, size: int | None) -> None:
-    unfinished = note.with_name(note.name + ".tmp")
-    unfinished.write_text(json.dumps({"version": version, "size": size}))
-    os.replace(unfinished, note)
+    write_note(note, json.dumps({"version": version, "size": size}))
 
 
 def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return os.lstat(path).st_size if is_kept(path, shared=False) else 0
 
 
 def _remove(*paths: Path) -> None:

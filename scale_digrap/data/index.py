@@ -1,7 +1,9 @@
 """Indexes of shards on disk, and the manifest of a set of shards.
 
-An index is a file ``SHARD.idx``: a line of magic, a JSON header of fixed length, then arrays that are mapped into
-memory, so that opening one takes microseconds however many samples it has.
+An index is a file ``SHARD.idx``: a line of magic, the length of a JSON header and its digest, the header, then arrays
+that are mapped into memory. The header holds the digest of the arrays (:attr:`ShardIndex.layout`), which is compared
+when an index is opened: an index that has rotted, or was put there with other samples than the manifest's, is made
+again.
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ import json
 import logging
 import mmap
 import os
+import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 
+from scale_digrap.data.descriptors import is_exhausted
 from scale_digrap.data.errors import DataError
-from scale_digrap.data.scan import RULES, Keys, ShardIndex, scan_shard
+from scale_digrap.data.places import CacheError, default_cache, hash_file, open_kept, private_folder
+from scale_digrap.data.scan import RULES, Keys, ShardIndex, layout_of, scan_shard
+from scale_digrap.runtime.files import write_whole
+from scale_digrap.runtime.text import TextError, home, one_line, parse_json, read_bytes
 
 __all__ = [
     "Manifest",
@@ -39,9 +46,13 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_MAGIC = b"scale_digrap shard index 1\n"
-_HEADER = 16
+_MAGIC = b"scale_digrap shard index 2\n"
+_ANY_MAGIC = b"scale_digrap shard index "
+_LENGTH, _DIGEST = 16, 32
+_TAR_BLOCK = 512
 _MANIFEST_VERSION = 1
+_MOST_BYTES = 1 << 60
+_MAKE_IT = "Make it anew with `scale-digrap shards index`"
 
 
 def load_index(
@@ -71,7 +82,7 @@ def load_index(
     """
     path = Path(path)
     stat = _stat(path)
-    places = _places(path, cache_dir)[0 if beside else 1 :]
+    places = _Places(path, cache_dir, beside)
     index = _stored(places, path, stat, require, sha256)
     if index is None:
         index = replace(scan_shard(path, require=require), sha256=sha256)
@@ -85,12 +96,8 @@ def hash_shard(path: Path, index: ShardIndex, *, cache_dir: Path | None = None) 
         return index
     path = Path(path)
     stat = _stat(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    index = replace(index, sha256=digest.hexdigest())
-    _store(index, _places(path, cache_dir), path, stat)
+    index = replace(index, sha256=hash_file(path))
+    _store(index, _Places(path, cache_dir), path, stat)
     return index
 
 
@@ -120,7 +127,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file is replaced whole or not at all."""
-        _replace_file(Path(path), [json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"])
+        write_whole(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -130,34 +137,70 @@ class Manifest:
             DataError: no such file, or not a manifest of this version.
         """
         try:
-            return cls.parse(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise DataError(f"cannot read the manifest {path}: {error.strerror}") from None
+            data = read_bytes(path)
+        except TextError as error:
+            raise DataError(f"the manifest cannot be read: {error}") from None
+        return cls.parse(data, str(path))
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Manifest:
         """A manifest out of its bytes; ``where`` names it in errors.
 
         Raises:
-            DataError: not a manifest of this version.
+            DataError: not a manifest of this version, or one whose numbers cannot be so.
         """
         try:
-            values = json.loads(data)
-            version = values["version"]
-            if version != _MANIFEST_VERSION:
-                raise DataError(f"{where} is a manifest of version {version}, expected {_MANIFEST_VERSION}")
-            known = ShardEntry.__dataclass_fields__
-            shards = [ShardEntry(**{k: v for k, v in entry.items() if k in known}) for entry in values["shards"]]
-            classes = values.get("classes")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{where} is not a manifest: {error!r}. Make it with `scale-digrap shards index`") from None
+            values = parse_json(data, "it")
+        except TextError as error:
+            raise DataError(f"{where} is not a manifest: {error}. {_MAKE_IT}") from None
+        if not isinstance(values, dict) or not isinstance(values.get("shards"), list) or "version" not in values:
+            raise DataError(f"{where} is not a manifest: it has no list of 'shards' and no 'version'. {_MAKE_IT}")
+        if values["version"] != _MANIFEST_VERSION:
+            raise DataError(
+                f"{where} is a manifest of version {values['version']!r}, expected {_MANIFEST_VERSION}. {_MAKE_IT}"
+            )
+        shards = [_manifest_entry(line, number, where) for number, line in enumerate(values["shards"])]
+        names: set[str] = set()
         for entry in shards:
-            numbers = (entry.bytes, entry.samples)
-            if not (isinstance(entry.name, str) and all(isinstance(n, int) and n >= 0 for n in numbers)):
-                raise DataError(f"{where}: the entry of shard {entry.name!r} has no valid name, bytes or samples")
+            if entry.name in names:
+                raise DataError(f"{where} lists shard {entry.name!r} twice. {_MAKE_IT}")
+            names.add(entry.name)
+        if sum(entry.bytes for entry in shards) > _MOST_BYTES:
+            raise DataError(f"{where}: its shards have more than {_MOST_BYTES} bytes together. {_MAKE_IT}")
+        classes = values.get("classes")
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise DataError(f"{where}: 'classes' must be a list of names")
-        return cls(version, shards, classes)
+        return cls(_MANIFEST_VERSION, shards, classes)
+
+
+def _manifest_entry(line: Any, number: int, where: str) -> ShardEntry:
+    """One line of a manifest, checked: numbers decide about memory and order long before a shard is opened."""
+    if not isinstance(line, dict):
+        raise DataError(f"{where}: entry {number} is not an object. {_MAKE_IT}")
+    name = line.get("name")
+    called = f"shard {name!r}" if isinstance(name, str) and name else f"entry {number}"
+
+    def wrong(key: str, expected: str) -> DataError:
+        value = repr(line[key]) if key in line else "nothing"
+        return DataError(
+            f"{where} is not a manifest that can be used: {called} has no valid name, bytes or samples: its {key!r} is "
+            f"{value[:80]}, expected {expected}. {_MAKE_IT}"
+        )
+
+    if not isinstance(name, str) or not name:
+        raise wrong("name", "a file name")
+    for key in ("bytes", "samples"):
+        value = line.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_BYTES:
+            raise wrong(key, f"a whole number from 0 to {_MOST_BYTES}")
+    if line["samples"] > line["bytes"]:
+        raise wrong("samples", f"no more samples than its {line['bytes']} bytes")
+    sha256, layout = line.get("sha256", ""), line.get("layout", "")
+    if not isinstance(sha256, str) or not re.fullmatch(r"|[0-9a-f]{64}", sha256):
+        raise wrong("sha256", "64 hexadecimal digits")
+    if not isinstance(layout, str):
+        raise wrong("layout", "text")
+    return ShardEntry(name, line["bytes"], line["samples"], sha256, layout)
 
 
 def index_shards(
@@ -246,52 +289,113 @@ def _stat(path: Path) -> os.stat_result:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from None
 
 
-def _places(path: Path, cache_dir: Path | None) -> list[Path]:
-    """Where an index of this shard may lie, best place first."""
-    unique = f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}-{path.name}.idx"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(cache_dir) if cache_dir is not None else home / "scale_digrap" / "index"
-    return [path.with_name(path.name + ".idx"), folder / unique]
+class _Places:
+    """Where an index of this shard may lie, best place first.
+
+    Args:
+        path: of the shard.
+        cache_dir: named by the user; None: the user's own cache folder.
+        beside: False leaves the shard's folder out.
+    """
+
+    def __init__(self, path: Path, cache_dir: Path | None, beside: bool = True) -> None:
+        self._path, self._cache_dir, self._beside = path, cache_dir, beside
+
+    def __iter__(self) -> Iterator[tuple[Path, bool]]:
+        """(place, whether its folder is this user's own). The cache folder is made, and looked at, only when the place
+        beside the shard will not do."""
+        path = self._path
+        if self._beside:
+            yield path.with_name(path.name + ".idx"), False
+        if self._cache_dir is not None:
+            folder = private_folder(Path(home(str(self._cache_dir))), what="the folder for indexes")
+        else:
+            try:
+                folder = default_cache()
+            except OSError:  # not even a temporary folder can be written to
+                return
+        yield folder / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}-{path.name}.idx", True
 
 
 def _stored(
-    places: Sequence[Path], path: Path, stat: os.stat_result, require: Sequence[str], sha256: str
+    places: Iterable[tuple[Path, bool]], path: Path, stat: os.stat_result, require: Sequence[str], sha256: str
 ) -> ShardIndex | None:
-    for place in places:
+    for place, own in places:
         try:
-            with open(place, "rb") as file:
-                index = _parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path.name, stat, sha256)
-        except (OSError, ValueError, KeyError, TypeError):  # absent, empty, cut off or foreign: made anew
+            data = _mapped(place, own)
+        except (OSError, ValueError, CacheError) as error:
+            if isinstance(error, OSError) and is_exhausted(error):
+                raise
+            if not isinstance(error, FileNotFoundError):
+                log.warning("the index %s cannot be used (%s): made again", place, one_line(error))
+            continue
+        if data[: len(_MAGIC)] != _MAGIC:
+            if data[: len(_ANY_MAGIC)] == _ANY_MAGIC:
+                _say_once("indexes of another version of this package, such as %s, are made again", place)
+            else:
+                log.warning("%s is not an index: made again", place)
+            continue
+        try:
+            index = _parse(data, path.name, stat, sha256)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            log.warning("the index %s is damaged (%s): made again", place, one_line(error))
             continue
         if index is not None and set(require) <= set(index.require):
             return index
     return None
 
 
+def _mapped(place: Path, own: bool) -> mmap.mmap:
+    """The bytes of an index. In the user's own cache folder nothing else than a file is opened, nor through a link;
+    beside a shard it has the trust that the shard has, but must be a file, too."""
+    if own:
+        descriptor = open_kept(place, os.O_RDONLY)
+    else:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
 def _parse(data: mmap.mmap, name: str, stat: os.stat_result, sha256: str) -> ShardIndex | None:
-    if data[: len(_MAGIC)] != _MAGIC:
-        return None
-    start = len(_MAGIC) + _HEADER
-    length = int(data[len(_MAGIC) : start])
-    header = json.loads(data[start : start + length])
+    """The index, or None if it is of another state of the shard.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: it is damaged.
+    """
+    start = len(_MAGIC) + _LENGTH + _DIGEST
+    length = int(data[len(_MAGIC) : len(_MAGIC) + _LENGTH])
+    encoded = data[start : start + length]
+    if length < 0 or _digest(encoded) != data[start - _DIGEST : start]:
+        raise ValueError("its header has another digest")
+    header = parse_json(encoded, "its header")
     unchanged = header["mtime_ns"] == stat.st_mtime_ns or (sha256 and header["sha256"] == sha256)
     if header["size"] != stat.st_size or not unchanged or header.get("rules") != RULES:
         return None
-    fields, records = header["fields"], header["records"]
+    fields, records, characters = tuple(header["fields"]), header["records"], header["text"]
+    if not (isinstance(records, int) and isinstance(characters, int) and min(records, characters) >= 0):
+        raise ValueError("its counts are not numbers")
     offset = start + length
     arrays = []
-    for kind, count in (("<i8", records * len(fields) * 2), ("<i8", records), ("<i4", records), ("u1", header["text"])):
+    for kind, count in (("<i8", records * len(fields) * 2), ("<i8", records), ("<i4", records), ("u1", characters)):
         arrays.append(np.frombuffer(data, dtype=kind, count=count, offset=offset))
         offset += arrays[-1].nbytes
     if offset != len(data):
-        return None
+        raise ValueError("its length is another")
     spans, ends, questions, text = arrays
     spans = spans.reshape(records, len(fields), 2)
+    _check_ranges(spans, ends, questions, characters, stat.st_size)
+    keys = Keys(text, ends)
+    if layout_of(keys, fields, spans, questions) != header["layout"]:
+        raise ValueError("its arrays have another digest")
     return ShardIndex(
         name=name,
         size=stat.st_size,
-        keys=Keys(text, ends),
-        fields=tuple(fields),
+        keys=keys,
+        fields=fields,
         spans=spans,
         questions=questions,
         layout=header["layout"],
@@ -301,7 +405,35 @@ def _parse(data: mmap.mmap, name: str, stat: os.stat_result, sha256: str) -> Sha
     )
 
 
-def _store(index: ShardIndex, places: Sequence[Path], path: Path, stat: os.stat_result) -> None:
+def _check_ranges(spans: np.ndarray, ends: np.ndarray, questions: np.ndarray, characters: int, size: int) -> None:
+    """Refuse byte ranges outside of a shard of ``size`` bytes, keys outside of the text, records without questions."""
+    offsets, sizes = spans[..., 0], spans[..., 1]
+    absent = (offsets == -1) & (sizes == -1)
+    # sizes <= size - offsets, not offsets + sizes <= size, which could overflow.
+    inside = (offsets >= _TAR_BLOCK) & (offsets <= size) & (sizes >= 0) & (sizes <= size - offsets)
+    if not (absent | inside).all():
+        raise ValueError(f"a byte range lies outside of the shard's {size} bytes")
+    bounds = np.concatenate([[0], ends, [characters]])
+    if (np.diff(bounds) < 0).any() or (len(ends) and ends[-1] != characters):
+        raise ValueError("its keys have no place in it")
+    if (questions < 1).any():
+        raise ValueError("a record has no question")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST // 2).hexdigest().encode()
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str, *values: object) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning(message, *values)
+
+
+def _store(index: ShardIndex, places: Iterable[tuple[Path, bool]], path: Path, stat: os.stat_result) -> None:
     keys = index.keys if isinstance(index.keys, Keys) else Keys.of(index.keys)
     header: dict[str, Any] = {
         "size": index.size,
@@ -317,19 +449,20 @@ def _store(index: ShardIndex, places: Sequence[Path], path: Path, stat: os.stat_
     }
     encoded = json.dumps(header).encode()
     # Arrays at multiples of eight bytes, so that they can be used where they are mapped.
-    encoded += b" " * (-(len(_MAGIC) + _HEADER + len(encoded)) % 8)
+    encoded += b" " * (-(len(_MAGIC) + _LENGTH + _DIGEST + len(encoded)) % 8)
     parts = [
         _MAGIC,
         b"%16d" % len(encoded),
+        _digest(encoded),
         encoded,
         index.spans.astype("<i8").tobytes(),
         keys.ends.astype("<i8").tobytes(),
         index.questions.astype("<i4").tobytes(),
         keys.text.tobytes(),
     ]
-    for place in places:
+    problem: Exception | str = "no folder for it"
+    for place, _ in places:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
             _replace_file(place, parts)
         except OSError as error:
             problem = error
@@ -339,16 +472,4 @@ def _store(index: ShardIndex, places: Sequence[Path], path: Path, stat: os.stat_
 
 
 def _replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that it is there whole or not at all, whoever else writes it at the same moment."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)  # mkstemp makes it private; other users of the shards may read the index
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
+    write_whole(path, parts)

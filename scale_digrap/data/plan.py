@@ -25,6 +25,7 @@ from scale_digrap.data.errors import DataError
 
 _VERSION = 1
 _SAMPLES_IN_A_WINDOW = 1 << 20
+_MOST_IN_A_WINDOW = 1 << 28  # permuted at once: 1 GiB
 _REMOTE_WINDOW = 16
 
 K = TypeVar("K", bound=Hashable)
@@ -52,6 +53,13 @@ class Plan:
             raise DataError("the shards hold no samples: there is nothing to train on")
         if window < 1:
             raise DataError(f"window must be at least 1 shard, got {window}")
+        largest = int(np.sort(self.counts)[::-1][:window].sum())
+        if largest > _MOST_IN_A_WINDOW:
+            raise DataError(
+                f"a window of {min(window, len(self.counts))} shards can hold {largest:,} samples, more than the "
+                f"{_MOST_IN_A_WINDOW:,} that are shuffled in memory: set a smaller data.window, or check the counts in "
+                "manifest.json (scale-digrap shards index)"
+            )
         self._lanes = _deal(self.counts, lanes)
         self._stages = _Stages([int(self.counts[shards].sum()) for shards in self._lanes])
         self._schedules: _Recent[tuple[int, int], _Schedule] = _Recent(2 * lanes)

@@ -168,7 +168,7 @@ def scan_shard(path: Path, *, require: Sequence[str] = ("json",)) -> ShardIndex:
         fields=tuple(names),
         spans=spans,
         questions=questions,
-        layout=_layout(keys, names, spans, questions),
+        layout=layout_of(keys, names, spans, questions),
         require=tuple(require),
         ignored=(tuple(walk.ignored[:3]), len(walk.ignored)),
     )
@@ -408,9 +408,12 @@ def _read(file: BinaryIO, span: tuple[int, int]) -> bytes:
     return file.read(span[1])
 
 
-def _layout(keys: Sequence[str], names: Sequence[str], spans: np.ndarray, questions: np.ndarray) -> str:
+def layout_of(keys: Sequence[str], names: Sequence[str], spans: np.ndarray, questions: np.ndarray) -> str:
+    """The digest :attr:`ShardIndex.layout`. Of :class:`Keys` no strings are made: it is compared at every opening."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*keys, "", *names):
+    packed = keys if isinstance(keys, Keys) else Keys.of(keys)
+    digest.update(np.insert(packed.text, packed.ends, 0).tobytes())  # every key and a zero
+    for part in ("", *names):
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
     digest.update(spans.astype("<i8").tobytes())
     digest.update(questions.astype("<i4").tobytes())

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scale_digrap.runtime.secrets import is_secret_key
+from scale_digrap.runtime.text import TextError, home
+
+READER_GONE = 141
+"""Exit status where the reader of the output went away first: what a shell gives for SIGPIPE."""
 
 _UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -42,9 +52,44 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         from scale_digrap.data import shards_commands
 
-        return int(getattr(shards_commands, name)(arguments))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows what it has no sign for so
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            status = int(getattr(shards_commands, name)(arguments))
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # Whoever read the output has seen enough (`| head`). Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return READER_GONE
 
     return run
+
+
+def path(text: str) -> Path:
+    """A path of a person's: ``~`` is expanded, also where the shell has not done it (``--to=~/shards``)."""
+    try:
+        return Path(home(text))
+    except TextError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def option(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` for a store: true, false, null and numbers are read as such, all else is text."""
+    key, found, value = text.partition("=")
+    if not (key and found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as profile=lab")
+    if any(is_secret_key(part) for part in key.split(".")):
+        raise argparse.ArgumentTypeError(
+            f"{key} is a secret, which every user of this machine could read on the command line: put it into the "
+            "environment or a profile"
+        )
+    try:
+        plain = json.loads(value)
+    except ValueError:
+        plain = value
+    return key, plain if isinstance(plain, (bool, int, float)) or plain is None else value
 
 
 def size(text: str) -> int:
@@ -60,11 +105,11 @@ def size(text: str) -> int:
 
 def _add_sources(sources: Subparsers) -> None:
     vqa = sources.add_parser("vqa", help="VQAv2 and its kin: questions and annotations JSON, COCO pictures")
-    vqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=Path)
-    vqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    vqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=path)
+    vqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=path)
     _add_images(vqa)
     vqa.add_argument(
-        "--only", metavar="FILE", type=Path, help="JSON list of the question_ids to keep, such as VQA-CE's"
+        "--only", metavar="FILE", type=path, help="JSON list of the question_ids to keep, such as VQA-CE's"
     )
     vqa.add_argument(
         "--derived",
@@ -76,44 +121,44 @@ def _add_sources(sources: Subparsers) -> None:
     _add_writing(vqa, "vqa", grouping=True)
 
     lavis = sources.add_parser("lavis", help="LAVIS annotation lists, such as those of FRAMES-VQA")
-    lavis.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    lavis.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=path)
     _add_images(lavis, "folder that image paths begin in")
     _add_drop(lavis)
     _add_writing(lavis, "lavis", grouping=True)
 
     textvqa = sources.add_parser("textvqa", help="TextVQA: its JSON, pictures by image_id")
-    textvqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    textvqa.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=path)
     _add_images(textvqa)
     _add_drop(textvqa)
     _add_writing(textvqa, "textvqa", grouping=True)
 
     vizwiz = sources.add_parser("vizwiz", help="VizWiz: its JSON, one question a picture")
-    vizwiz.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=Path)
+    vizwiz.add_argument("--annotations", nargs="+", required=True, metavar="FILE", type=path)
     _add_images(vizwiz)
     vizwiz.add_argument("--drop-unanswerable", action="store_true", help="leave such questions out, and count them")
     _add_drop(vizwiz)
     _add_writing(vizwiz, "vizwiz")
 
     gqa = sources.add_parser("gqa", help="GQA and GQA-OOD: questions JSON, pictures by imageId")
-    gqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=Path)
+    gqa.add_argument("--questions", nargs="+", required=True, metavar="FILE", type=path)
     _add_images(gqa)
     _add_drop(gqa)
     _add_writing(gqa, "gqa", grouping=True)
 
     folder = sources.add_parser("image-folder", help="a folder of pictures per class")
-    folder.add_argument("folder", metavar="DIR", type=Path)
+    folder.add_argument("folder", metavar="DIR", type=path)
     _add_labelled(folder, "folder names, one per line, in the order of their numbers (default: sorted)")
     _add_writing(folder, "image-folder")
 
     lists = sources.add_parser("image-list", help="lists of 'path label' lines, such as DomainNet's")
-    lists.add_argument("lists", nargs="+", metavar="LIST.txt", type=Path)
+    lists.add_argument("lists", nargs="+", metavar="LIST.txt", type=path)
     _add_images(lists, "folder that paths begin in")
     _add_labelled(lists, "class names, one per line, in the order of their numbers (default: the pictures' folders)")
     _add_writing(lists, "image-list")
 
 
 def _add_images(parser: argparse.ArgumentParser, text: str | None = None) -> None:
-    parser.add_argument("--images", required=True, metavar="DIR", type=Path, help=text)
+    parser.add_argument("--images", required=True, metavar="DIR", type=path, help=text)
 
 
 def _add_drop(parser: argparse.ArgumentParser) -> None:
@@ -125,13 +170,13 @@ def _add_drop(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_labelled(parser: argparse.ArgumentParser, classes: str) -> None:
-    parser.add_argument("--classes", metavar="FILE", type=Path, help=classes)
+    parser.add_argument("--classes", metavar="FILE", type=path, help=classes)
     parser.add_argument("--question", metavar="TEXT", help="of every sample (default: what is in the image)")
 
 
 def _add_writing(parser: argparse.ArgumentParser, source: str, grouping: bool = False) -> None:
     add = parser.add_argument
-    add("--to", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
+    add("--to", type=path, required=True, metavar="DIR", help="folder to write; must be new or empty")
     if grouping:
         add("--group", action="store_true", help="all questions about a picture in one record, which has it once")
     add("--max-count", type=int, metavar="N", help="records in a shard at most (default: no limit)")
@@ -155,12 +200,12 @@ def _add_writing(parser: argparse.ArgumentParser, source: str, grouping: bool = 
 
 def _add_index(actions: Subparsers) -> None:
     parser = actions.add_parser("index", help="index shards and write their manifest.json")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="its *.tar make one data set")
+    parser.add_argument("folder", metavar="DIR", type=path, help="its *.tar make one data set")
     _add_require(parser)
     parser.add_argument(
-        "--classes", metavar="FILE", type=Path, help="class names to put into the manifest, one per line"
+        "--classes", metavar="FILE", type=path, help="class names to put into the manifest, one per line"
     )
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where DIR is read-only")
+    parser.add_argument("--cache-dir", type=path, metavar="DIR", help="for indexes, where DIR is read-only")
     _add_workers(parser)
     parser.set_defaults(run=_command("index"))
 
@@ -194,14 +239,14 @@ def _add_peek(actions: Subparsers) -> None:
     parser.add_argument("-n", "--count", type=int, default=3, help="records (default 3)")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="records to leave out first")
     parser.add_argument("--key", help="only the record of this key")
-    parser.add_argument("--save-image", type=Path, metavar="FILE", help="write the first image printed to FILE")
+    parser.add_argument("--save-image", type=path, metavar="FILE", help="write the first image printed to FILE")
     parser.set_defaults(run=_command("peek"))
 
 
 def _add_repair(actions: Subparsers) -> None:
     parser = actions.add_parser("repair", help="write new shards without the bad records")
     _add_shards(parser)
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder; old shards are not touched")
+    parser.add_argument("--to", type=path, required=True, metavar="DIR", help="new folder; old shards are not touched")
     parser.add_argument(
         "--drop-bad", action="store_true", required=True, help="say that records may be lost; each one is listed"
     )
@@ -213,7 +258,16 @@ def _add_repair(actions: Subparsers) -> None:
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="folders, tars, patterns, manifest.json or URLs")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where remote shards are fetched to")
+    parser.add_argument("--cache-dir", type=path, metavar="DIR", help="where remote shards are fetched to")
+    parser.add_argument(
+        "--store",
+        action="append",
+        default=[],
+        type=option,
+        metavar="KEY=VALUE",
+        help="an option of remote stores, such as profile=lab, endpoint_url=https://…, anon=true, "
+        "client_kwargs.region_name=… (data.storage_options in a configuration); may be repeated",
+    )
 
 
 def _add_require(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from scale_digrap.data import describe
 from scale_digrap.data.describe import as_json, printable, save_image, shard_figures
 from scale_digrap.data.errors import DataError
 from scale_digrap.data.index import Manifest, index_shards
+from scale_digrap.data.listing import shards_in
 from scale_digrap.data.repair import REPORT_NAME, repair_shards
 from scale_digrap.data.sources.gqa import read_gqa
 from scale_digrap.data.sources.labelled import QUESTION, read_classes, read_image_folder, read_image_lists
@@ -70,7 +71,7 @@ def index(arguments: argparse.Namespace) -> int:
     """``index DIR``: exit status 0."""
     if not arguments.folder.is_dir():
         raise DataError(f"no such folder: {arguments.folder}")
-    paths = sorted(arguments.folder.glob("*.tar"))
+    paths = shards_in(arguments.folder)
     if not paths:
         raise DataError(f"{arguments.folder} holds no *.tar")
     manifest = index_shards(
@@ -263,7 +264,16 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _store(arguments: argparse.Namespace) -> ShardStore:
-    return ShardStore(cache_dir=arguments.cache_dir)
+    options: dict[str, Any] = {}
+    for key, value in arguments.store:
+        *outer, last = key.split(".")
+        inner = options
+        for name in outer:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise DataError(f"--store {key}: {name} was given a value of its own")
+        inner[last] = value
+    return ShardStore(cache_dir=arguments.cache_dir, storage_options=options)
 
 
 def _required(arguments: argparse.Namespace) -> list[str]:

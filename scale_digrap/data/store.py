@@ -9,18 +9,30 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from braceexpand import braceexpand
-
 from scale_digrap.data.cache import CacheError, Note, ShardCache
 from scale_digrap.data.errors import DataError
-from scale_digrap.data.fetch import fetch
-from scale_digrap.data.streams import FetchError, FetchOptions, filesystem
-from scale_digrap.data.urls import basename, beside, cache_name, identity, is_local, local_path, scheme, show
+from scale_digrap.data.fetch import fetch, look
+from scale_digrap.data.listing import as_path, braces, files, plain, say_left_out, shards_in
+from scale_digrap.data.places import hash_file
+from scale_digrap.data.places import identity as file_identity
+from scale_digrap.data.streams import FetchError, FetchOptions, filesystem, listing_problem
+from scale_digrap.data.urls import (
+    basename,
+    beside,
+    cache_name,
+    has_password,
+    identity,
+    is_local,
+    local_path,
+    scheme,
+    show,
+)
+from scale_digrap.runtime.text import MAX_TEXT_BYTES, home
 
 if TYPE_CHECKING:
     from scale_digrap.data.index import Manifest, ShardEntry
@@ -30,6 +42,9 @@ log = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 _ROOM_POLL_S = 2.0
 
+_checked: dict[tuple[Path, str], tuple[Any, ...]] = {}
+"""(cache folder, name) → what this process, or the one that started it, has found right there: once a run is enough."""
+
 
 class ShardStore:
     """Local paths of shards, wherever they lie.
@@ -38,18 +53,22 @@ class ShardStore:
     size and checksum. Shards in use are pinned; others make room, the least recently used first. Any processes
     and threads may share a cache; a store may be forked or pickled.
 
-    A file in the cache is trusted if it is complete and has the manifest's checksum; a remote shard that is rewritten
-    without a manifest is not noticed.
+    A file in the cache is used if it is the one whose checksum was computed when it was fetched; a file that was put
+    there, written to or copied since is read and compared first. Without a checksum in a manifest, size and version
+    are compared with the source's once per run.
 
     Args:
-        cache_dir: folder on a disk of this node; None: only local shards can be had.
+        cache_dir: folder on a disk of this node, private to this user; None: only local shards can be had.
         max_bytes: bound of the cache; None: none.
         timeout_s: for connecting and for any wait for data; also the window in which less than 1 KiB/s is a stall.
         retries: attempts after the first that may fail in a row, with pauses that double.
         allow_pipe: run ``pipe:COMMAND`` URLs in a shell. Whoever writes the list of shards can then run anything here.
         headers: for http(s) (``{"Authorization": "Bearer …"}``); not sent on to other hosts by redirects.
-        storage_options: for fsspec (``{"anon": True}``).
+        storage_options: for fsspec (``{"anon": True}``, ``{"profile": "lab"}``); what stands under the name of a
+            protocol (``{"s3": {…}, "gs": {…}}``), for that one alone.
         backoff_s: pause before the first retry.
+        cache_shared: other users may write to the cache folder, and are trusted.
+        redirect_hosts: hosts that a web server may redirect to, besides itself.
     """
 
     def __init__(
@@ -63,12 +82,18 @@ class ShardStore:
         headers: Mapping[str, str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
         backoff_s: float = 1.0,
+        cache_shared: bool = False,
+        redirect_hosts: Sequence[str] = (),
     ) -> None:
         if timeout_s <= 0 or retries < 0:
             raise DataError(f"a store needs timeout_s > 0 and retries ≥ 0, got {timeout_s} and {retries}")
         self.allow_pipe = allow_pipe
-        self.options = FetchOptions(timeout_s, retries, backoff_s, dict(headers or {}), dict(storage_options or {}))
-        self.cache = None if cache_dir is None else ShardCache(Path(cache_dir), max_bytes, timeout_s)
+        self.options = FetchOptions(
+            timeout_s, retries, backoff_s, dict(headers or {}), dict(storage_options or {}), tuple(redirect_hosts)
+        )
+        self.cache = (
+            None if cache_dir is None else ShardCache(Path(home(str(cache_dir))), max_bytes, timeout_s, cache_shared)
+        )
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -84,11 +109,14 @@ class ShardStore:
         self._closed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        cache = None if self.cache is None else (self.cache.folder, self.cache.max_bytes, self.cache.timeout_s)
-        return {"allow_pipe": self.allow_pipe, "options": self.options, "cache": cache}
+        c = self.cache
+        cache = None if c is None else (c.folder, c.max_bytes, c.timeout_s, c.shared)
+        checked = {} if c is None else {key: state for key, state in _checked.items() if key[0] == c.folder}
+        return {"allow_pipe": self.allow_pipe, "options": self.options, "cache": cache, "checked": checked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cache = state.pop("cache")
+        _checked.update(state.pop("checked"))
         self.__dict__.update(state)
         self.cache = None if cache is None else ShardCache(*cache)
         self._start_afresh()
@@ -108,12 +136,14 @@ class ShardStore:
         """
         names: list[str] = []
         for url in [urls] if isinstance(urls, (str, Path)) else urls:
-            if scheme(str(url)) == "pipe":
-                self._check_remote(str(url))
-                names.append(str(url))
-                continue
-            for pattern in braceexpand(str(url)):
-                names += self._expand_local(local_path(pattern)) if is_local(pattern) else self._expand_remote(pattern)
+            for pattern in braces(str(url)):
+                if scheme(pattern) == "pipe":
+                    self._check_remote(pattern)
+                    names.append(pattern)
+                elif is_local(pattern):
+                    names += self._expand_local(local_path(pattern))
+                else:
+                    names += self._expand_remote(pattern)
         if not names:
             raise DataError("no shards given")
         missing = [name for name in names if is_local(name) and not Path(name).is_file()]
@@ -131,19 +161,19 @@ class ShardStore:
         path = Path(pattern)
         if path.is_dir():
             manifest = path / MANIFEST_NAME
-            found = [str(manifest)] if manifest.is_file() else sorted(map(str, path.glob("*.tar")))
+            found = [str(manifest)] if manifest.is_file() else [str(file) for file in shards_in(path)]
             if not found:
                 raise DataError(f"folder {pattern!r} holds neither {MANIFEST_NAME} nor a *.tar")
         elif glob.has_magic(pattern) and not path.exists():
-            found = sorted(glob.glob(pattern))
+            found = [str(file) for file in files(map(Path, glob.glob(pattern)), pattern)]
             if not found:
                 raise DataError(f"no file matches {pattern!r}")
         else:
             found = [pattern]
         if len(found) == 1 and Path(found[0]).name == MANIFEST_NAME and Path(found[0]).is_file():
             folder = Path(found[0]).parent
-            return [str(folder / _plain(entry.name, found[0])) for entry in self._load(Path(found[0])).shards]
-        return found
+            found = [str(folder / plain(entry.name, found[0])) for entry in self._load(Path(found[0])).shards]
+        return [as_path(name) for name in found]
 
     def _expand_remote(self, pattern: str) -> list[str]:
         self._check_remote(pattern)
@@ -152,7 +182,7 @@ class ShardStore:
             manifest = self.manifest(pattern)
             if manifest is None:
                 raise DataError(f"no such manifest: {show(pattern)}")
-            names = [_plain(entry.name, show(pattern)) for entry in manifest.shards]
+            names = [plain(entry.name, show(pattern)) for entry in manifest.shards]
             return [beside(pattern, quote(name) if web else name) for name in names]
         if web:
             if "*" in pattern.partition("?")[0]:
@@ -163,7 +193,12 @@ class ShardStore:
         if not glob.has_magic(pattern):
             return [pattern]
         system, path = filesystem(pattern, self.options)
-        found = sorted(system.glob(path))
+        try:
+            everything = sorted(system.glob(path))
+        except Exception as error:  # every protocol has its own kinds
+            raise listing_problem(error, pattern) from None
+        found = [str(name) for name in everything if not basename(str(name)).startswith(".")]
+        say_left_out(show(pattern), [str(name) for name in everything if str(name) not in found])
         if not found:
             raise DataError(f"no object matches {show(pattern)!r}")
         return [str(system.unstrip_protocol(name)) for name in found]
@@ -172,6 +207,11 @@ class ShardStore:
         if scheme(url) == "pipe" and not self.allow_pipe:
             raise DataError(
                 f"{show(url)}: runs a shell command and is refused; allow_pipe=True if you trust whoever wrote the list"
+            )
+        if scheme(url) not in ("http", "https", "pipe") and has_password(url):
+            raise DataError(
+                f"{show(url)}: credentials in a URL are refused, for they would show in every log: name them in "
+                "data.storage_options (key: ${oc.env:…}), in the environment or in a profile"
             )
         if self.cache is None:
             raise DataError(f"{show(url)}: a remote shard needs a cache folder: set cache_dir")
@@ -191,7 +231,7 @@ class ShardStore:
         with tempfile.TemporaryDirectory(prefix="scale-digrap-") as folder:
             path = Path(folder) / MANIFEST_NAME
             try:
-                fetch(where, path, self.options)
+                fetch(where, path, self.options, reserve=_not_too_large(show(where)))
             except FetchError as error:
                 if error.denied:
                     # Object stores that may not list their content answer so for what does not exist.
@@ -233,7 +273,7 @@ class ShardStore:
         with self._mutex:
             previous = self._latest.get(thread)
             self._latest[thread] = name
-        self.cache.pin(name)
+        self.cache.pin(name, must=True)
         self._release([previous] if previous else [])
         return self._fetched(url, name, entry)
 
@@ -310,23 +350,23 @@ class ShardStore:
         cache = self.cache
         assert cache is not None
         path = cache.file(name)
-        if _right(cache.note(name), entry):
+        if self._is_right(url, name, entry):
             cache.touch(name)
             return path
         asked = time.time()
         with cache.exclusive(name):
             # Another process may have fetched it, or failed to, while this one waited for the lock.
-            if _right(cache.note(name), entry):
+            if self._is_right(url, name, entry) or self._proves_right(url, name, entry, asked):
                 cache.touch(name)
                 return path
             failure = cache.failure(name, asked)
             if failure is not None:
                 raise FetchError(failure)
-            if path.exists():
-                log.warning("%s: the cached copy is incomplete or outdated; fetching it again", show(url))
-                cache.remove(name)
+            reserved = False
             try:
-                reserved = False
+                if os.path.lexists(path):
+                    log.warning("%s: the cached copy is incomplete or outdated; fetching it again", show(url))
+                    cache.remove(name)
 
                 def reserve(size: int) -> None:
                     nonlocal reserved
@@ -334,17 +374,18 @@ class ShardStore:
                         raise _NoRoomYetError(name)
                     reserved = True
 
-                size, sha256 = fetch(
+                size, sha256, version = fetch(
                     url,
                     path,
                     self.options,
                     size=None if entry is None else entry.bytes,
-                    sha256=None if entry is None else entry.sha256,
+                    sha256=None if entry is None else entry.sha256 or None,
                     reserve=reserve,
                 )
                 if not reserved:
                     reserve(size)
-                cache.keep(name, size, sha256)
+                cache.keep(name, size, sha256, version)
+                self._found_right(name, entry)
             except FetchError as error:
                 cache.fail(name, str(error))
                 raise
@@ -353,6 +394,48 @@ class ShardStore:
             finally:
                 cache.release_claim(name)
         return path
+
+    def _is_right(self, url: str, name: str, entry: ShardEntry | None) -> bool:
+        """Whether the cached shard can be used as it is, by what is on record; nothing is read or asked."""
+        cache = self.cache
+        assert cache is not None
+        note = cache.note(name)
+        if note is None or not _as_listed(note, entry):
+            return False
+        if _checked.get((cache.folder, name)) == _state(cache, name, entry):
+            return True
+        # In a private folder only this user's own processes write notes.
+        anchored = (entry is not None and entry.sha256 != "") or scheme(url) == "pipe"
+        return anchored and not cache.shared and cache.is_as_kept(name, note)
+
+    def _proves_right(self, url: str, name: str, entry: ShardEntry | None, asked: float) -> bool:
+        """Whether the cached shard is what it should be, after reading it and asking its source; holds its lock."""
+        cache = self.cache
+        assert cache is not None
+        note = cache.note(name)
+        if note is None or not _as_listed(note, entry):
+            return False
+        if (cache.shared or not cache.is_as_kept(name, note)) and hash_file(cache.file(name)) != note.sha256:
+            log.warning("%s: the cached copy is not what was fetched", show(url))
+            return False
+        just_fetched = note.file is not None and note.file[-1] >= asked * 1e9 and cache.is_as_kept(name, note)
+        if (entry is None or not entry.sha256) and scheme(url) != "pipe" and not just_fetched:
+            try:
+                size, version = look(url, self.options)
+            except FetchError as error:
+                log.warning("%s; the cached copy is used without a comparison with its source", error)
+                size, version = note.size, note.version
+            if (size is not None and size != note.size) or (version and note.version and version != note.version):
+                log.warning("%s: was rewritten since it was cached", show(url))
+                return False
+        if not cache.is_as_kept(name, note):
+            cache.keep(name, note.size, note.sha256, note.version)
+        self._found_right(name, entry)
+        return True
+
+    def _found_right(self, name: str, entry: ShardEntry | None) -> None:
+        assert self.cache is not None
+        _checked[self.cache.folder, name] = _state(self.cache, name, entry)
 
     def _work(self) -> None:
         """The prefetch thread: ends when there is nothing left to do."""
@@ -382,11 +465,16 @@ class _NoRoomYetError(CacheError):
     """Everything in the cache is pinned; the prefetch thread waits."""
 
 
-def _plain(name: str, manifest: str) -> str:
-    """A shard's name in a manifest; it must not lead out of the manifest's folder."""
-    if "/" in name or name in ("", ".", ".."):
-        raise DataError(f"{manifest}: {name!r} is not the name of a file beside it")
-    return name
+def _state(cache: ShardCache, name: str, entry: ShardEntry | None) -> tuple[Any, ...]:
+    return (file_identity(cache.file(name)), None if entry is None else entry.sha256)
+
+
+def _not_too_large(name: str) -> Callable[[int], None]:
+    def check(size: int) -> None:
+        if size > MAX_TEXT_BYTES:
+            raise DataError(f"{name} has {size} bytes, which is no manifest: more than {MAX_TEXT_BYTES:,}")
+
+    return check
 
 
 def _local(path: Path, entry: ShardEntry | None) -> Path:
@@ -402,7 +490,7 @@ def _local(path: Path, entry: ShardEntry | None) -> Path:
     return path
 
 
-def _right(note: Note | None, entry: ShardEntry | None) -> bool:
-    if note is None or entry is None:
-        return note is not None
-    return note.size == entry.bytes and note.sha256 == entry.sha256
+def _as_listed(note: Note, entry: ShardEntry | None) -> bool:
+    if entry is None:
+        return True
+    return note.size == entry.bytes and entry.sha256 in ("", note.sha256)

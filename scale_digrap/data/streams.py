@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import queue
@@ -13,27 +14,25 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec
+from fsspec.registry import known_implementations
 
-from scale_digrap.data.errors import ReadError
+from scale_digrap.data.denials import FetchError, credentials_problem, final_error, listing_problem
 from scale_digrap.data.urls import scheme, scrub, show
+from scale_digrap.runtime.secrets import MASK, is_secret_key
+from scale_digrap.runtime.text import one_line
+
+__all__ = ["FetchError", "FetchOptions", "Stream", "TryAgainError", "filesystem", "listing_problem", "open_stream"]
 
 _CHUNK = 1 << 20
+_BLOCK = 8 << 20
 _PERMANENT = frozenset({400, 401, 403, 404, 405, 410, 451})
-
-
-class FetchError(ReadError):
-    """A remote object that could not be had; `missing` if the place answered that it is not there."""
-
-    def __init__(self, message: str, *, missing: bool = False, denied: bool = False) -> None:
-        super().__init__(message)
-        self.missing, self.denied = missing, denied
 
 
 class TryAgainError(Exception):
@@ -53,14 +52,16 @@ class FetchOptions:
         retries: attempts after the first that may fail in a row; one that brings 1 MiB or more starts the count anew.
         backoff_s: pause before the first retry; it doubles each time, up to 60 s.
         headers: sent to http(s) hosts named in URLs, not to where they redirect.
-        storage_options: given to fsspec's file systems.
+        storage_options: given to fsspec's file systems; what stands under the name of a protocol, to that one alone.
+        redirect_hosts: hosts (``cdn.example.org``, ``cdn.example.org:8080``) that a web server may redirect to.
     """
 
     timeout_s: float = 60.0
     retries: int = 5
     backoff_s: float = 1.0
-    headers: Mapping[str, str] = field(default_factory=dict)
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    redirect_hosts: tuple[str, ...] = ()
 
 
 class Stream(Protocol):
@@ -78,27 +79,75 @@ class Stream(Protocol):
         """Give the connection back."""
 
 
-def open_stream(url: str, offset: int, version: str | None, options: FetchOptions) -> Stream:
+def open_stream(url: str, offset: int, version: str | None, options: FetchOptions, *, head: bool = False) -> Stream:
+    """Open an object.
+
+    Args:
+        url: http(s), ``pipe:`` or any protocol of fsspec.
+        offset: where to begin, if the object still has this version.
+        version: of what has been read before.
+        options: how.
+        head: only size and version will be looked at.
+
+    Raises:
+        FetchError: what no other attempt mends.
+        TryAgainError: anything else.
+    """
     kind = scheme(url)
     if kind in ("http", "https"):
         return _HttpStream(url, offset, version, options)
     if kind == "pipe":
         return _ThreadStream(_Command(url), url, options.timeout_s)
-    return _ThreadStream(_FsspecObject(url, offset, version, options), url, options.timeout_s)
+    return _ThreadStream(_FsspecObject(url, offset, version, options, head), url, options.timeout_s)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http(s) only, and tells other hosts no secrets."""
+    """Follows redirects within a host, and to hosts that the configuration names; those are told no secrets.
+
+    Whoever runs a web server could else have this machine ask for anything that it can reach (other services on it, the
+    metadata service of a cloud), and have the answer kept as a shard.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._hosts = {host.strip().lower() for host in hosts}
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        front = f"{show(req.full_url)} redirects to"
         if scheme(newurl) not in ("http", "https") or (req.type == "https" and scheme(newurl) != "https"):
-            raise FetchError(f"{show(req.full_url)} redirects to {show(newurl)}: refused")
+            raise FetchError(
+                f"{front} {_place(newurl)}: refused, only the web is followed, and never from https to http"
+            )
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None and (new.host, new.type) != (req.host, req.type):
-            for name in list(new.headers):
-                if name.lower() not in ("accept-encoding", "range", "if-range", "user-agent"):
-                    new.remove_header(name)
+        if new is None:
+            return None
+        old_host, new_host = _host(req.full_url), _host(newurl)
+        same = old_host == new_host or (
+            old_host[0] == new_host[0]
+            and (req.type, new.type) == ("http", "https")
+            and (old_host[1], new_host[1]) == (80, 443)
+        )
+        if not same:
+            name, port = new_host
+            if not {name, f"{name}:{port}"} & self._hosts:
+                raise FetchError(
+                    f"{front} another host, {name}:{port}: refused. Name the address that it leads to, or add "
+                    f"{name if port in (80, 443) else f'{name}:{port}'} to data.redirect_hosts if you trust it"
+                )
+            for header in list(new.headers):
+                if header.lower() not in ("accept-encoding", "range", "if-range", "user-agent"):
+                    new.remove_header(header)
         return new
+
+
+def _host(url: str) -> tuple[str, int]:
+    """Host name and port of a web address."""
+    parts = urlsplit(url)
+    return (parts.hostname or "").lower().rstrip("."), parts.port or (443 if parts.scheme.lower() == "https" else 80)
+
+
+def _place(url: str) -> str:
+    """Where a redirect leads, for messages: it is the server's text, not the user's."""
+    return one_line(show(url), 120)
 
 
 class _HttpStream:
@@ -113,7 +162,7 @@ class _HttpStream:
             headers.update({"Range": f"bytes={offset}-", "If-Range": version})
         self._where = show(url)
         try:
-            opener = urllib.request.build_opener(_Redirects())
+            opener = urllib.request.build_opener(_Redirects(options.redirect_hosts))
             self._response = opener.open(urllib.request.Request(plain, headers=headers), timeout=options.timeout_s)
         except urllib.error.HTTPError as error:
             with error:
@@ -202,24 +251,46 @@ class _Blocking(Protocol):
 
 
 class _FsspecObject:
-    def __init__(self, url: str, offset: int, version: str | None, options: FetchOptions) -> None:
-        self.url, self.offset, self.version, self.options = url, offset, version, options
+    def __init__(self, url: str, offset: int, version: str | None, options: FetchOptions, head: bool = False) -> None:
+        self.url, self.offset, self.version, self.options, self.head = url, offset, version, options, head
         self._file: Any = None
+        self._system: Any = None
+        self._path = ""
 
     def open(self) -> tuple[int, int | None, str | None]:
-        system, path = filesystem(self.url, self.options)
-        info = system.info(path)
+        self._system, self._path = filesystem(self.url, self.options)
+        size, version = self._info()
+        start = self.offset if version is not None and version == self.version else 0
+        if not self.head:
+            # Small blocks: a block is lost where a connection breaks, and must come within the time limit.
+            self._file = self._system.open(self._path, "rb", block_size=_BLOCK)
+            self._file.seek(start)
+        self.version = version
+        return start, size, version
+
+    def _info(self) -> tuple[int | None, str | None]:
+        self._system.invalidate_cache(self._system._parent(self._path))  # listings are remembered for ever
+        try:
+            info = self._system.info(self._path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if credentials_problem(error) is None and error.errno in (None, errno.EACCES, errno.EPERM, errno.EINVAL):
+                # An answer to HEAD has no body, so that S3 cannot say why; an answer to GET has one.
+                self._system.cat_file(self._path, start=0, end=1)
+            raise
         known = next(
             (info[name] for name in ("ETag", "etag", "md5", "LastModified", "mtime", "created") if info.get(name)), None
         )
-        version = None if known is None else f"{known}-{info.get('size')}"
-        start = self.offset if version is not None and version == self.version else 0
-        self._file = system.open(path, "rb")
-        self._file.seek(start)
-        return start, info.get("size"), version
+        return info.get("size"), None if known is None else f"{known}-{info.get('size')}"
 
     def read(self) -> bytes:
-        return self._file.read(_CHUNK)  # type: ignore[no-any-return]
+        if self._file is None:
+            return b""
+        data: bytes = self._file.read(_CHUNK)
+        if not data and self._info()[1] != self.version:
+            raise TryAgainError("it was rewritten while it was read", fresh=True)
+        return data
 
     def close(self) -> None:
         if self._file is not None:
@@ -230,12 +301,40 @@ def filesystem(url: str, options: FetchOptions) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it.
 
     Raises:
-        FetchError: a protocol that fsspec does not know or whose package is missing.
+        FetchError: a protocol that fsspec does not know or whose package is missing, or options that it does not take.
     """
     try:
-        return fsspec.core.url_to_fs(url, **options.storage_options)  # type: ignore[no-any-return]
-    except (ImportError, ValueError) as error:
-        raise FetchError(f"{show(url)}: {scheme(url)}:// cannot be read here: {scrub(str(error), url)}") from None
+        return fsspec.core.url_to_fs(url, **_options_for(url, options.storage_options))  # type: ignore[no-any-return]
+    except (ImportError, ValueError, TypeError) as error:
+        reason = _without_values(scrub(f"{error}", url), options.storage_options)
+        raise FetchError(f"{show(url)}: {scheme(url)}:// cannot be read here: {reason}") from None
+
+
+def _options_for(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those for one URL: what is common, and what stands under the name of its protocol."""
+    kinds = {kind.partition("://")[0].lower() for kind in url.split("::")}
+    own: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping) and name in known_implementations:
+            if name not in kinds:
+                continue
+            if "::" in url:  # fsspec hands out what belongs to the parts of a chain itself
+                own[name] = dict(value)
+            else:
+                own.update(value)
+        else:
+            own[name] = value
+    return own
+
+
+def _without_values(text: str, options: Mapping[str, Any]) -> str:
+    """An error text without what the options hold under names of secrets."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            text = _without_values(text, value)
+        elif isinstance(value, str) and value and is_secret_key(name):
+            text = text.replace(value, MASK)
+    return text
 
 
 class _Command:
@@ -303,12 +402,11 @@ class _ThreadStream:
         except queue.Empty:
             self.close()
             raise TryAgainError(f"stalled: no data for {self._timeout_s:g} s") from None
-        if isinstance(item, FetchError):
+        if isinstance(item, (FetchError, TryAgainError)):
             raise item
-        if isinstance(item, FileNotFoundError):
-            raise FetchError(f"{show(self._url)}: no such object", missing=True) from None
-        if isinstance(item, PermissionError):
-            raise FetchError(f"{show(self._url)}: access denied", denied=True) from None
+        final = final_error(item, self._url) if isinstance(item, Exception) else None
+        if final is not None:
+            raise final from None
         if isinstance(item, Exception):
             raise TryAgainError(scrub(f"{type(item).__name__}: {item}", self._url)) from None
         return item

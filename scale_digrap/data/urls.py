@@ -122,8 +122,8 @@ def _parts(url: str) -> tuple[str, str, str]:
     if found is None:
         return f"{front}::", rest, ""
     kind = found.group(1).lower()
-    host, slash, path = rest[found.end() :].partition("/")
-    user, at, host = host.rpartition("@")
+    user, at, tail = _user(rest[found.end() :])
+    host, slash, path = tail.partition("/")
     # Elsewhere, what stands before the @ may be part of the name (abfs://container@account); a password never is.
     kept = f"{user}@" if at and kind not in _WEB and ":" not in user else ""
     path, _, query = path.partition("?")
@@ -131,6 +131,29 @@ def _parts(url: str) -> tuple[str, str, str]:
         path, query = path.partition("#")[0], query.partition("#")[0]
     chain = f"{front}::" if front else ""
     return f"{chain}{kind}://{kept}{host}", slash + path, query
+
+
+def _user(rest: str) -> tuple[str, str, str]:
+    """What stands before the host of a URL without its scheme, the ``@`` after it, and the rest.
+
+    A password may hold slashes (those of S3 often do), which then do not end the host.
+    """
+    host = rest.partition("/")[0]
+    _, colon, word = host.partition(":")
+    if colon and "@" not in host and "@" in rest and not word.isdecimal():
+        user, _, tail = rest.rpartition("@")
+        return user, "@", tail
+    user, at, _ = host.rpartition("@")
+    return user, at, rest[len(user) + len(at) :]
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL carries ``user:password@``."""
+    if scheme(url) in ("file", "pipe"):
+        return False
+    rest = url.rpartition("::")[2]
+    found = _SCHEME.match(rest)
+    return found is not None and ":" in _user(rest[found.end() :])[0]
 
 
 def _digest(text: str) -> str:
@@ -144,9 +167,11 @@ def scrub(text: str, url: str) -> str:
     if kind == "pipe":
         secrets[url[len("pipe:") :]] = show(url)
     elif kind != "file":
-        parts = urlsplit(url)
-        user = parts.netloc.rpartition("@")[0] if kind in _WEB or ":" in parts.netloc.rpartition("@")[0] else ""
-        secrets |= {secret: "…" for secret in (user, user.partition(":")[2], parts.query) if secret}
+        rest = url.rpartition("::")[2].partition("://")[2]
+        user = _user(rest)[0]
+        user = user if kind in _WEB or ":" in user else ""
+        query = rest.partition("?")[2].partition("#")[0]
+        secrets |= {secret: "…" for secret in (user, user.partition(":")[2], query) if secret}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, secrets[secret])
     return text

@@ -15,12 +15,13 @@ from scale_digrap.data.decode import ImageDecoder
 from scale_digrap.data.errors import DataError, SampleError, ShardDamage
 from scale_digrap.data.fields import is_image
 from scale_digrap.data.index import Manifest, ShardEntry
+from scale_digrap.data.listing import as_path, plain, shards_in
 from scale_digrap.data.progress import bar
 from scale_digrap.data.sample import check_text, parse_class, parse_json, signal_in
 from scale_digrap.data.scan import ShardIndex, scan_shard
-from scale_digrap.data.sidecars import is_sidecar
 from scale_digrap.data.store import MANIFEST_NAME, ShardStore
 from scale_digrap.data.urls import basename, is_local, local_path, show
+from scale_digrap.runtime.text import home
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -84,11 +85,14 @@ def find_shards(urls: Sequence[str | Path], store: ShardStore) -> list[Shard]:
     """
     names: list[str] = []
     for url in urls:
-        path = Path(local_path(str(url))) if is_local(str(url)) else None
+        path = Path(home(local_path(str(url)))) if is_local(str(url)) else None
         if path is not None and path.is_dir():
-            found = {str(one) for one in path.glob("*.tar") if not is_sidecar(one.name)}
+            found = {as_path(str(one)) for one in shards_in(path)}
             manifest = store.manifest(str(path / MANIFEST_NAME))
-            found |= {str(path / entry.name) for entry in (manifest.shards if manifest else ())}
+            found |= {
+                as_path(str(path / plain(entry.name, str(path / MANIFEST_NAME))))
+                for entry in (manifest.shards if manifest else ())
+            }
             if not found:
                 raise DataError(f"folder {str(path)!r} holds neither {MANIFEST_NAME} nor a *.tar")
             names += sorted(found)

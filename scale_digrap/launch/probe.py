@@ -134,10 +134,13 @@ def shards(config: Config) -> dict[str, Any]:
     """Whether the data can be read: all that is local, a few of what is remote, and what is wrong with the rest."""
     data = config.data
     store = ShardStore(
-        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
+        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),  # the store expands ~
         timeout_s=min(data.store_timeout_s, _SHARD_TIMEOUT_S),
         retries=1,
         allow_pipe=data.allow_pipe,
+        storage_options=data.storage_options,
+        cache_shared=data.cache_shared,
+        redirect_hosts=data.redirect_hosts,
     )
     sets = {"data.train": data.train} if data.train else {}
     sets |= {f"data.mixture.{name}": source.shards for name, source in data.mixture.items()}

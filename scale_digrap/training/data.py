@@ -13,6 +13,7 @@ from scale_digrap.data.faults import FaultPolicy
 from scale_digrap.data.loader import Collate, TrainLoader
 from scale_digrap.data.mixture import Mixture
 from scale_digrap.data.store import ShardStore
+from scale_digrap.runtime.text import home
 from scale_digrap.training.engine import Engine
 
 
@@ -24,11 +25,14 @@ def fault_policy(config: DataConfig) -> FaultPolicy:
 def open_store(config: DataConfig) -> ShardStore:
     """Where shards come from: one for all data sets of a process."""
     return ShardStore(
-        cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+        cache_dir=None if config.cache_dir is None else Path(home(config.cache_dir)),
         max_bytes=None if config.cache_gb is None else int(config.cache_gb * 1e9),
         timeout_s=config.store_timeout_s,
         retries=config.retries,
         allow_pipe=config.allow_pipe,
+        storage_options=config.storage_options,
+        cache_shared=config.cache_shared,
+        redirect_hosts=config.redirect_hosts,
     )
 
 
@@ -41,7 +45,7 @@ def open_shards(config: DataConfig, shards: Sequence[str], store: ShardStore | N
     return ShardDataset(
         shards,
         store=open_store(config) if store is None else store,
-        cache_dir=None if config.cache_dir is None else Path(config.cache_dir) / "index",
+        cache_dir=None if config.cache_dir is None else Path(home(config.cache_dir)) / "index",
         classes=config.classes or None,
         class_question=config.class_question,
         decoder=ImageDecoder(target_size=config.image_size),

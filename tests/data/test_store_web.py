@@ -122,7 +122,8 @@ def test_a_redirect_to_another_host_gets_no_secrets(tmp_path):
     with serve(Site({"/a.tar": data})) as other, serve(Site({})) as site:
         site.faults["/a.tar"] = [("redirect", other.url("/a.tar"))]
         site.faults["/b.tar"] = [("redirect", "file:///etc/passwd")]
-        shards = store(tmp_path, headers={"Authorization": "Bearer geheim", "X-Key": "geheim"})
+        secrets = {"Authorization": "Bearer geheim", "X-Key": "geheim"}
+        shards = store(tmp_path, headers=secrets, redirect_hosts=[f"127.0.0.1:{other.port}"])
         assert shards.path(site.url("/a.tar")).read_bytes() == data
         assert site.asked("/a.tar")[0]["authorization"] == "Bearer geheim"
         assert "geheim" not in str(other.asked("/a.tar"))
