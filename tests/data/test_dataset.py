@@ -302,7 +302,7 @@ def test_failing_storage_is_retried_then_an_error(tmp_path, monkeypatch):
 def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
     from scale_digrap.data import dataset as module
 
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 3)
+    monkeypatch.setattr(module.OPEN_SHARDS, "_most", lambda: 3)
     data = ShardDataset(made.write(tmp_path, 20, per_shard=2))
     for _ in range(2):
         assert [data[i].question_id for i in range(20)] == [str(i) for i in range(20)]
