@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from scale_digrap.data.errors import DataError, TooManyBadSamples
-from scale_digrap.runtime.text import write_json
+from scale_digrap.runtime.logs import LogFile
 
 T = TypeVar("T")
 
@@ -90,14 +90,20 @@ class BadSampleLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._file = None if path is None else LogFile(path, "record of bad samples")
+
+    @property
+    def lost(self) -> int:
+        """Records that could not be written."""
+        return 0 if self._file is None else self._file.lost
 
     def write(self, samples: list[BadSample]) -> None:
-        """Append records."""
-        if self.path is None or not samples:
+        """Append records; one that cannot be written is told and counted, and ends nothing."""
+        if self._file is None or not samples:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:  # ASCII: keys need not be UTF-8
-            file.writelines(write_json(asdict(sample)) + "\n" for sample in samples)
+        for sample in samples:
+            self._file.write(asdict(sample))
+        self._file.close()
 
 
 def retry(read: Callable[[], T], *, retries: int, backoff_s: float, again: Callable[[], None]) -> T:

@@ -123,7 +123,8 @@ class TrainLoader:
         self._feeder = Feeder(
             _Training(self.datasets, self.plan, seed, collate, self.faults), workers=workers, timeout_s=timeout_s
         )
-        self._log = BadSampleLog(bad_log)
+        self.bad_log = BadSampleLog(bad_log)
+        """Where this rank's bad samples are listed."""
         self._new_bad = 0
         self._latest: BadSample | None = None
         self._run = 0
@@ -265,7 +266,7 @@ class TrainLoader:
 
     def _receive(self, fetched: Fetched) -> None:
         self.batch_samples = fetched.samples
-        self._log.write(fetched.bad)
+        self.bad_log.write(fetched.bad)
         if fetched.bad:
             self._new_bad += len(fetched.bad)
             self._latest = fetched.bad[-1]

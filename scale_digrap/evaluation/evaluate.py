@@ -6,13 +6,11 @@ kill, with more models or suites, or on another number of ranks.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import inspect
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +47,8 @@ from scale_digrap.evaluation.tasks import (
     read_results,
 )
 from scale_digrap.runtime.files import write_whole
+from scale_digrap.runtime.lock import FolderLock
+from scale_digrap.runtime.text import finite, write_json
 from scale_digrap.settings import shown
 from scale_digrap.training.data import open_shards
 from scale_digrap.training.ranks import Ranks
@@ -204,7 +204,7 @@ class _Evaluation:
         return None if same and (self.out / f"{name}.json").is_file() else settings
 
     def _keep(self, name: str, content: dict[str, Any], settings: dict[str, Any]) -> None:
-        write_whole(self.out / f"{name}.json", [json.dumps(content, indent=1).encode() + b"\n"])
+        write_whole(self.out / f"{name}.json", [write_json(finite(content), indent=1).encode() + b"\n"])
         write_whole(self.out / f"{name}.settings.json", [json.dumps(settings, sort_keys=True).encode()])
 
     # -- a model -------------------------------------------------------------------------------------------------------
@@ -405,26 +405,12 @@ def _layers(variant: Variant) -> dict[str, Any]:
 @contextmanager
 def _alone(out: Path, ranks: Ranks) -> Iterator[None]:
     """Refuse a second evaluation in the same folder at the same time."""
-    descriptor: int | None = None
-
-    def lock() -> None:
-        nonlocal descriptor
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(
-                f"another evaluation is writing to {out}: wait for it, or name another folder (out)"
-            ) from None
-        except OSError as error:  # storage without locks
-            log.warning("%s cannot be locked (%s): see that no other evaluation writes there", out, error.strerror)
-
-    on_first(ranks, lock)
+    lock = FolderLock(out, "evaluation")
+    on_first(ranks, lock.acquire)
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        lock.release()
 
 
 def _rank_config(config: EvaluateConfig) -> Config:

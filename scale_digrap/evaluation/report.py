@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from scale_digrap.evaluation.figures import to_png, to_svg
@@ -11,6 +10,7 @@ from scale_digrap.evaluation.plots import FIGURES, figures
 from scale_digrap.evaluation.results import Comparison, write_atomically
 from scale_digrap.evaluation.shift_accuracy import correlations
 from scale_digrap.evaluation.tables import csv_table, markdown_table
+from scale_digrap.runtime.text import finite, write_json
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> Path:
@@ -29,7 +29,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
     images = {name: to_png(figure) for name, figure in drawn.items()}
     results = {**comparison.to_json(folder), "shift_correlations": found}
     # Nothing is written before everything is made: an error leaves the earlier report whole.
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    write_atomically(folder / "results.json", write_json(finite(results), indent=1, ensure_ascii=False))
     write_atomically(folder / "table.md", markdown_table(comparison))
     write_atomically(folder / "table.csv", csv_table(comparison))
     for old in (path for pattern in FIGURES for path in folder.glob(f"{pattern}.png")):

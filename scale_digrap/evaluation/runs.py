@@ -20,6 +20,9 @@ from typing import Any
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.records import SuiteResult, read_predictions
+from scale_digrap.runtime.logs import is_number, read_log
+from scale_digrap.runtime.text import finite as finite_json
+from scale_digrap.runtime.text import write_json
 
 SCHEMA = 2
 """Version of the files written here; another one is refused rather than misread."""
@@ -106,7 +109,7 @@ class MethodRun:
     def save(self, folder: Path) -> Path:
         """Write `folder/METHOD-seedN.json` whole or not at all."""
         path = self.path(folder, self.method, self.seed)
-        write_atomically(path, json.dumps(self.to_json(folder)))
+        write_atomically(path, write_json(finite_json(self.to_json(folder))))
         self.file = path
         return path
 
@@ -127,20 +130,27 @@ class MethodRun:
             raise ResultsError(f"{path} is not a result file: {error}; delete it to have it made again") from error
 
 
+LAYER_FIGURES = ("omega", "conflict_rate", "drift", "relative_drift")
+
+
 def read_layers(
     path: Path, until: int | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float | None]]]:
     """What a training run's `layers.jsonl` says for `MethodRun.telemetry` and `MethodRun.drift`.
 
     Args:
-        path: the log; one that is not there gives nothing, as an optimizer without telemetry leaves none.
+        path: the log; one that is not there gives nothing, as an optimizer without telemetry leaves none. Lines that
+            are no records are told and left out.
         until: the last step to read, that of the checkpoint; the log may go on beyond it.
 
     Returns:
         ω and conflict rate per layer over the steps, and the drift per layer in the last of them.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    entries = [entry for entry in map(json.loads, lines) if until is None or entry["step"] <= until]
+    entries = [
+        {"step": record["step"], "layers": layers}
+        for _, record in sorted({record["step"]: record for record in read_log(path, until)}.items())
+        if (layers := _layer_figures(record.get("layers")))
+    ]
     telemetry = [
         {
             "step": entry["step"],
@@ -154,6 +164,17 @@ def read_layers(
     ]
     last = entries[-1]["layers"] if entries else {}
     return telemetry, {name: {key: layer[key] for key in ("drift", "relative_drift")} for name, layer in last.items()}
+
+
+def _layer_figures(layers: Any) -> dict[str, dict[str, float | None]]:
+    """A line's figures by layer; what is no number there is none here."""
+    if not isinstance(layers, dict):
+        return {}
+    return {
+        name: {key: layer[key] if is_number(layer.get(key)) else None for key in LAYER_FIGURES}
+        for name, layer in layers.items()
+        if isinstance(layer, dict)
+    }
 
 
 def _suite_to_json(result: SuiteResult, folder: Path | None) -> dict[str, Any]:

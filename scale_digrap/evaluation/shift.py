@@ -6,7 +6,6 @@ sample's score is its distance.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from scale_digrap.evaluation.generation import generating, is_sharded
 from scale_digrap.evaluation.runs import write_atomically
 from scale_digrap.evaluation.shift_accuracy import SPACES
 from scale_digrap.evaluation.suites import Suite
+from scale_digrap.runtime.text import finite, write_json
 
 __all__ = ["SPACES", "Embedder", "Embeddings", "Mahalanobis", "ShiftError", "ShiftReport", "StreamingGaussian"]
 
@@ -160,7 +160,7 @@ def shift_scores(
                 rows = work.rows(suite, distance, suite_samples)
                 file = Path("shift") / f"{suite.name}.jsonl"
                 if dp_rank == 0:
-                    write_atomically(Path(out) / file, "".join(json.dumps(row) + "\n" for row in rows))
+                    write_atomically(Path(out) / file, "".join(write_json(finite(row)) + "\n" for row in rows))
                 report.suites[suite.name] = _summary(rows, str(file))
     return report
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,18 @@ def write_json(value: Any, **options: Any) -> str:
         ValueError: a number is not finite.
     """
     return json.dumps(value, allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """A copy of nested plain values that JSON can hold: a number that is not finite, which JSON has no word for, is
+    ``None``; keys are text."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def has_surrogates(text: str) -> bool:

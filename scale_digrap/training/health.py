@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.config import Config
+from scale_digrap.runtime.logs import LogFile
+from scale_digrap.runtime.text import finite, write_json
 from scale_digrap.training.engine import Engine, TrainingError, Update
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Health:
         self._engine, self._layers = engine, list(layers)
         self._max_skipped = config.training.max_skipped_steps
         self._folder = Path(config.run_dir)
+        self._files: dict[str, LogFile] = {}
         self._spikes = SpikeDetector(config.training.spike_threshold, config.training.spike_window)
         self.skipped = 0
         """Steps of this process that were skipped."""
@@ -159,12 +161,16 @@ class Health:
         if self._engine.rank != 0:
             return
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        line = json.dumps({**entry, "time": time}, allow_nan=False)
-        try:
-            with open(self._folder / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:  # no reason to end a run
-            log.warning("cannot write %s: %s. It is: %s", self._folder / name, error, line)
+        file = self._files.setdefault(name, LogFile(self._folder / name, "record of such steps"))
+        lost = file.lost
+        file.write({**entry, "time": time})
+        file.close()
+        if file.lost > lost:  # it is wanted most when something is wrong
+            log.warning("the line of %s that could not be written: %s", name, write_json(finite(entry)))
+
+    def losses(self) -> dict[str, int]:
+        """Records that could not be written, by file."""
+        return {f"lost in {name}": file.lost for name, file in self._files.items() if file.lost}
 
 
 def _number(value: float) -> float | str:

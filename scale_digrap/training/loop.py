@@ -21,7 +21,10 @@ from scale_digrap.data.loader import TrainLoader
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.collate import IGNORE, Batch, VqaCollator
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.runtime.lock import FolderLock
+from scale_digrap.runtime.logs import scan_log
 from scale_digrap.sharding.zero3 import full_numel
+from scale_digrap.training import manifest
 from scale_digrap.training.agreement import ReplicaCheck
 from scale_digrap.training.checkpoint import Checkpointer
 from scale_digrap.training.data import train_loader
@@ -29,8 +32,10 @@ from scale_digrap.training.engine import CheckpointError, Engine, TrainingError,
 from scale_digrap.training.export import save_final
 from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
-from scale_digrap.training.metrics import Metrics, memory_mb, read_log
+from scale_digrap.training.metrics import LOG, Metrics, check_back_ends, memory_mb
 from scale_digrap.training.optimizer import capture_anchors, keeps_anchors, layer_summary
+from scale_digrap.training.ranks import on_first
+from scale_digrap.training.run_folder import CHECKPOINTS
 from scale_digrap.training.schedule import build_schedule
 from scale_digrap.training.stop import StopRequests, clear_markers
 from scale_digrap.training.watchdog import Watchdog, lost_rank
@@ -49,13 +54,16 @@ class TrainResult:
         loaded: model, processor and the names of adapters and new layers.
         engine: ranks and device.
         run_dir: logs, configuration, checkpoints, ``final``.
-        history: the records of ``log.jsonl``, on every rank (after a resume: on every rank that sees ``run_dir``).
+        history: the records of ``log.jsonl``, on every rank; after a resume with those of earlier starts, as far as
+            the file holds them and the rank sees it. A figure that is not finite is NaN here and null in the file.
         anchored: pre-trained values by parameter name, sharded like the parameters; without adapters and new layers.
             Empty for AdamW and under DeepSpeed unless ``training.keep_anchors``.
         steps: optimizer steps of the whole run, resumed ones included.
-        skipped_steps: steps of this process that were left out because a gradient was not finite.
+        skipped_steps: steps that were left out because a gradient was not finite; of the whole run on rank 0, as far as
+            its log tells, of this process on the others.
         bad_samples: samples of the whole run that could not be decoded and were replaced.
         seconds: wall time of the loop.
+        losses: what the logs lack, see :meth:`Metrics.losses`.
     """
 
     model: nn.Module
@@ -70,35 +78,65 @@ class TrainResult:
     skipped_steps: int = 0
     bad_samples: int = 0
     seconds: float = 0.0
+    losses: dict[str, int] = field(default_factory=dict)
 
 
-def train(config: Config) -> TrainResult:
+def train(config: Config, lock: FolderLock | None = None) -> TrainResult:
     """Run a configuration to its end, or go on from its newest checkpoint.
 
     Every rank calls it. ``torch.distributed`` is initialised from torchrun's environment if it is not yet.
 
+    Args:
+        config: the run's.
+        lock: of ``run_dir``, not yet taken: rank 0 takes it and leaves it to the caller, who has more to write there.
+            By default it is given back at the end.
+
     Raises:
+        LockedError: another process writes in ``run_dir``, or it cannot be written to; before any work.
         ConfigError, ModelLoadError, SelectionError, DataError, CheckpointError, TrainingError: each with one line that
             names what to change; all but a divergence, a lost rank and a full disk before the first step.
         RunStopped: a signal, the file ``run_dir/STOP`` or ``training.max_time`` asked for it; on all ranks, after the
             checkpoint. ``run_dir/STOPPED`` tells it to whoever started the ranks.
     """
     validate_for_training(config)
-    with StopRequests(config) as stop:
-        engine = create_engine(config)
-        run_dir = Path(config.run_dir)
-        if engine.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            clear_markers(run_dir)
-            save_config(config, run_dir / "config.yaml")
-        with Watchdog(run_dir, engine.rank, config.training.stall_s) as watchdog:
-            try:
-                return _train(config, engine, stop, watchdog)
-            except Exception as error:
-                lost = lost_rank(error, engine.rank, watchdog.place())
-                if lost is None:
-                    raise
-                raise lost from error
+    check_back_ends(config)
+    mine = FolderLock(config.run_dir, "training run") if lock is None else lock
+    try:
+        with StopRequests(config) as stop:
+            engine = create_engine(config)
+            on_first(engine, lambda: _begin(config, mine))
+            with Watchdog(Path(config.run_dir), engine.rank, config.training.stall_s) as watchdog:
+                try:
+                    return _train(config, engine, stop, watchdog)
+                except Exception as error:
+                    lost = lost_rank(error, engine.rank, watchdog.place())
+                    if lost is None:
+                        raise
+                    raise lost from error
+    finally:
+        if lock is None:
+            mine.release()
+
+
+def _begin(config: Config, lock: FolderLock) -> None:
+    """What rank 0 does in ``run_dir`` before any work. What a refused start finds there stays as it is."""
+    lock.acquire()
+    run_dir = Path(config.run_dir)
+    if config.training.steps is not None and config.checkpoint.resume == "auto":
+        found = manifest.checkpoints(run_dir / CHECKPOINTS)
+        if found:
+            _check_length(found[-1][0], config.training.steps, found[-1][1], "training.steps")
+    clear_markers(run_dir)
+    save_config(config, run_dir / "config.yaml")
+
+
+def _check_length(start: int, total_steps: int, checkpoint: Path, what: str) -> None:
+    """A run cannot end before the step that its checkpoint is of."""
+    if start > total_steps:
+        raise TrainingError(
+            f"{checkpoint} is of step {start}, and {what} asks for {total_steps} steps: raise it to {start} or more, "
+            f"name an earlier checkpoint with checkpoint.resume, or another run_dir"
+        )
 
 
 def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdog) -> TrainResult:
@@ -130,6 +168,8 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
     engine.limit_waiting(config.training.timeout_s)
     watchdog.beat(0, "resuming")
     start = checkpoints.resume()
+    asked_by = "training.steps" if config.training.steps is not None else "training.epochs"
+    _check_length(start, total_steps, checkpoints.folder / f"step-{start}", asked_by)
     _announce(config, engine, loaded, loader, start, total_steps)
 
     result = TrainResult(
@@ -144,6 +184,8 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
     )
     began = time.perf_counter()
     metrics = Metrics(config, rank=engine.rank, total_steps=total_steps, start_step=start)
+    earlier = metrics.kept if engine.rank == 0 or not start else scan_log(run_dir / LOG, start).by_step()
+    result.history = list(earlier)
     with metrics, closing(loader):
         run = _Run(config, engine, loaded, forward, optimizer, metrics, result, loader, stop, watchdog, start)
         batches = iter(loader)
@@ -158,9 +200,7 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
                     raise run.health.error(step, checkpoints.newest())
                 if step == total_steps:
                     run.close_step()
-                # Skipped steps change nothing: saving them would push the last good checkpoint out.
-                due = config.checkpoint.every and step % config.checkpoint.every == 0 and not run.health.in_a_row
-                if due or run.stop_reason:
+                if _save_is_due(config.checkpoint.every, step, total_steps, run.health.in_a_row) or run.stop_reason:
                     watchdog.beat(step, "saving a checkpoint")
                     checkpoints.save(step)
                 if run.stop_reason:
@@ -181,11 +221,21 @@ def _train(config: Config, engine: Engine, stop: StopRequests, watchdog: Watchdo
     engine.barrier()
     if keeps_anchors(optimizer):
         result.anchored = engine.anchors(loaded, optimizer)
-    if start and (run_dir / "log.jsonl").is_file():
-        result.history = read_log(run_dir / "log.jsonl")
+    result.losses = {**metrics.losses(), **run.health.losses()}
+    if loader.bad_log.lost:
+        result.losses["lost in the list of bad samples"] = loader.bad_log.lost
     if config.checkpoint.save_final:
         save_final(run_dir / "final", loaded, engine, dtype=config.checkpoint.final_dtype)
     return result
+
+
+def _save_is_due(every: int, step: int, total_steps: int, skipped: int) -> bool:
+    """Whether a step ends with a checkpoint: every ``every``-th, and the last one of a run that saves at all."""
+    if not every:
+        return False
+    # Skipped steps change nothing: saving them would push the last good checkpoint out. What comes after the last
+    # step begins from its checkpoint whatever it was.
+    return step == total_steps or (step % every == 0 and not skipped)
 
 
 def share_global_batch(config: Config, engine: Engine) -> Config:
@@ -285,14 +335,17 @@ class _Run:
         self.stop_reason: str | None = None
         self.data = StepData(0)
         self.step_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        before = metrics.kept[-1].get("skipped_steps") if metrics.kept else 0
+        self.skipped_before = result.skipped_steps = before if type(before) is int and before > 0 else 0
         self.stepped = False  # telemetry describes the last step, so there is none before the first
         self._reset()
 
     def _reset(self) -> None:
         self.since = time.perf_counter()
         self.waited = 0.0
-        self.samples = self.tokens = self.answer_tokens = 0.0
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        self.samples = self.tokens = 0.0
+        self.window: list[tuple[float, float]] = []
+        """Of every step since the last line: this rank's loss, and the answer tokens of all ranks."""
 
     def step(self, number: int, batches: Iterator[Batch]) -> None:
         """One optimizer step: fetch, forward and backward for every micro-batch, update, log."""
@@ -335,11 +388,10 @@ class _Run:
             finite = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
             self.engine.backward(self.model, loss * finite, last=index == len(micro_batches) - 1)
             self.step_loss += loss.detach() * (answer_tokens / self.engine.dp_world_size)
-        self.loss += self.step_loss
-        self.answer_tokens += answer_tokens
         self.tokens += tokens
         self.samples += samples
         grad_norm = self._update()
+        self.window.append((self.data.loss, answer_tokens))
         logs = self.config.log
         if number % logs.every == 0:
             self._log(number, grad_norm)
@@ -375,7 +427,7 @@ class _Run:
         self.data.loss = self.step_loss.item()
         self.stepped = self.stepped or not update.skipped
         self.health.update(self.data, update)
-        self.result.skipped_steps = self.health.skipped
+        self.result.skipped_steps = self.skipped_before + self.health.skipped
         return update.grad_norm
 
     def close_step(self) -> None:
@@ -387,10 +439,12 @@ class _Run:
 
     def _log(self, number: int, grad_norm: float) -> None:
         # No barrier: these sums make the ranks wait for each other, so the time is that of the slowest.
-        (loss,) = self.engine.sum([self.loss.item()])
+        losses = self.engine.sum([loss for loss, _ in self.window])
+        # A step whose loss is not finite was skipped: it says nothing about the steps around it.
+        counted = [(loss, tokens) for loss, (_, tokens) in zip(losses, self.window, strict=True) if math.isfinite(loss)]
         seconds = time.perf_counter() - self.since
         figures = {
-            "loss": loss / self.answer_tokens,
+            "loss": sum(loss for loss, _ in counted) / sum(tokens for _, tokens in counted) if counted else math.nan,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             "samples_per_s": self.samples / seconds,

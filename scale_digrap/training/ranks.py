@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from scale_digrap.config import Config
+from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.runtime.logs import reason
+from scale_digrap.runtime.text import one_line
 from scale_digrap.training.engine import TrainingError
+
+Result = TypeVar("Result")
+
+
+class Told(Protocol):
+    """Ranks that tell each other small values; every engine is one."""
+
+    rank: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+def on_first(ranks: Told, action: Callable[[], Result]) -> Result:
+    """Do something on rank 0, which alone writes in ``run_dir``; its result or its error comes on every rank.
+    Collective.
+
+    Raises:
+        Exception: rank 0's own there; a :class:`TrainingError` with the same text elsewhere, and everywhere in place of
+            an ``OSError``.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            result = action()
+        except ScaleDigrapError as error:
+            failure = error
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else " in run_dir"
+            failure = TrainingError(f"cannot write{where}: {reason(error)}: make room there and make it writable")
+        except Exception as error:  # a bug: its traceback here, and no rank that waits for ever
+            failure = error
+    result, told = ranks.gather((result, None if failure is None else one_line(failure)))[0]
+    if told is not None:
+        raise failure or TrainingError(told)
+    return result  # type: ignore[no-any-return]
 
 
 class Ranks:

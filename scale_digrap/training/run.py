@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from rich.table import Table
 
 from scale_digrap.config import Config
 from scale_digrap.errors import RunStopped
+from scale_digrap.runtime.files import write_whole
+from scale_digrap.runtime.lock import FolderLock
+from scale_digrap.runtime.logs import figures, reason
+from scale_digrap.runtime.text import finite, write_json
 from scale_digrap.sharding.zero3 import full_numel
+from scale_digrap.training.engine import TrainingError
 from scale_digrap.training.loop import TrainResult, train
 from scale_digrap.training.optimizer import count_anchors
+from scale_digrap.training.ranks import on_first
 from scale_digrap.training.stop import DONE, write_marker
 
 
@@ -27,23 +34,42 @@ def run(config: Config) -> TrainResult:
         ScaleDigrapError, RunStopped: as :func:`scale_digrap.training.train`; also suites that cannot be read.
     """
     suites = _suites(config)
+    lock = FolderLock(config.run_dir, "training run")
     try:
-        result = train(config)
+        result = train(config, lock)
+        scores = _evaluate(config, result, suites) if suites else {}
+        summary = {**summarize(result), **({"evaluation": scores} if scores else {})}
+        on_first(result.engine, lambda: _finish(result, summary))
     except RunStopped:
         _leave()
         raise
-    scores = _evaluate(config, result, suites) if suites else {}
-    if result.engine.rank == 0:
-        summary = {**summarize(result), **({"evaluation": scores} if scores else {})}
-        (result.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        _print(summary, Console())
-        write_marker(result.run_dir, DONE, {"step": result.steps})
+    finally:
+        lock.release()
     _leave()
     return result
 
 
+def _finish(result: TrainResult, summary: dict[str, Any]) -> None:
+    """Last of all, for the markers say what is on disk."""
+    path = result.run_dir / "summary.json"
+    _print(summary, Console())
+    try:
+        write_whole(path, write_json(finite(summary), indent=2) + "\n")
+        path = result.run_dir / DONE
+        write_marker(result.run_dir, DONE, {"step": result.steps})
+    except OSError as error:
+        raise TrainingError(
+            f"training is complete, but {path} cannot be written: {reason(error)}. Put that right and run the same "
+            f"command again: it goes on from the newest checkpoint"
+        ) from None
+
+
 def summarize(result: TrainResult) -> dict[str, Any]:
-    """A finished run in a few figures: means over the last tenth of the log, medians of the speeds."""
+    """A finished run in a few figures: means over the last tenth of the log, medians of the speeds.
+
+    A figure that the log does not have for a step (a skipped step's loss) is left out; ``missing_figures`` counts the
+    lines without it. One that no line has is ``None``.
+    """
     history = result.history
     tail = history[-max(1, len(history) // 10) :]
     trained = result.loaded.trained()
@@ -60,15 +86,26 @@ def summarize(result: TrainResult) -> dict[str, Any]:
         "run_dir": str(result.run_dir),
     }
     if history:
-        summary |= {
-            "loss": statistics.fmean(line["loss"] for line in tail),
-            "samples_per_s": statistics.median(line["samples_per_s"] for line in history),
-            "tokens_per_s": statistics.median(line["tokens_per_s"] for line in history),
-            "memory_mb": max(line["memory_mb"] for line in history),
-            "data_wait_s": sum(line["data_wait_s"] for line in history),
-            "omega_mean": history[-1]["omega_mean"],
-            "conflict_rate": history[-1]["conflict_rate"],
-        }
+        means: list[tuple[str, list[dict[str, Any]], Callable[[list[float]], float]]] = [
+            ("loss", tail, statistics.fmean),
+            ("samples_per_s", history, statistics.median),
+            ("tokens_per_s", history, statistics.median),
+            ("memory_mb", history, max),
+            ("data_wait_s", history, math.fsum),
+        ]
+        missing = {}
+        for name, lines, mean in means:
+            values = figures(lines, name)
+            summary[name] = mean(values) if values else None
+            if len(values) < len(lines):
+                missing[name] = len(lines) - len(values)
+        for name in ("omega_mean", "conflict_rate"):
+            values = figures(history[-1:], name) or figures(tail, name)
+            summary[name] = values[-1] if values else None
+        if missing:
+            summary["missing_figures"] = missing
+    if result.losses:
+        summary["log"] = result.losses
     return summary
 
 
@@ -100,7 +137,7 @@ def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[st
     from scale_digrap.evaluation.runner import answer
     from scale_digrap.evaluation.signals import Signals
     from scale_digrap.evaluation.suites import averages
-    from scale_digrap.evaluation.tasks import begin, merge, on_first, open_suites, read_results
+    from scale_digrap.evaluation.tasks import begin, merge, open_suites, read_results
     from scale_digrap.training.data import open_shards
 
     engine, folder = result.engine, Path(config.run_dir) / "evaluation"
@@ -144,7 +181,7 @@ def _evaluate(config: Config, result: TrainResult, suites: list[Any]) -> dict[st
                 "predictions": f"{name}.jsonl",
                 **made_with,
             }
-            (folder / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+            write_whole(folder / f"{name}.json", write_json(finite(entry), indent=2) + "\n")
         return {name: suite_result.accuracy for name, suite_result in results.items()}
 
     found: dict[str, float | None] = dict(on_first(engine, scores))
@@ -156,6 +193,8 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     flat = {name: value for name, value in summary.items() if name != "evaluation"}
     for name, score in summary.get("evaluation", {}).items():
         flat[f"accuracy {name}"] = None if score is None else f"{100 * score:.2f} %"
+    for group in ("missing_figures", "log"):
+        flat |= {f"{group} ({name})": count for name, count in flat.pop(group, {}).items()}
     for name, value in flat.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}")
