@@ -183,6 +183,12 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay (towards zero, not towards the anchor)."""
 
+    no_decay: list[str] = field(default_factory=list)
+    """Regular expressions (``re.search`` on parameter names) of what ``weight_decay`` leaves alone."""
+
+    decay_norms_and_biases: bool = True
+    """False: ``weight_decay`` leaves parameters of fewer than two dimensions alone, which are norms and biases."""
+
     omega_lr: float = 0.5
     """Learning rate μ of the projection strength ω."""
 
@@ -593,7 +599,14 @@ def validate(config: Config) -> None:
     for key, needed in (("model.prompt", "{question}"), ("model.answer", "{answer}")):
         if needed not in _get(config, key):
             raise ConfigError(f"{key} must contain {needed}, got {_get(config, key)!r}")
-    for key in ("model.freeze", "model.new_layers", "lora.targets", "lora.train", "sharding.wrap"):
+    for key in (
+        "model.freeze",
+        "model.new_layers",
+        "lora.targets",
+        "lora.train",
+        "sharding.wrap",
+        "optimizer.no_decay",
+    ):
         for pattern in _get(config, key):
             try:
                 re.compile(pattern)

@@ -19,6 +19,7 @@ from scale_digrap.launch.follow import Failure, Progress, diagnose, last_line, o
 from scale_digrap.launch.node import check_port, gpu_count
 from scale_digrap.launch.plan import ENVIRONMENT_FILE, NodeContext, Plan, hostfile, node_command
 from scale_digrap.launch.spec import LaunchError
+from scale_digrap.runtime.lock import holder
 
 STOPPED_STATUS = 75
 FAILED_STATUS = 1
@@ -59,6 +60,11 @@ def start(plan: Plan) -> int:
     """
     if plan.place == "local" and plan.launcher == "deepspeed":
         check_port(plan.spec.port)
+    other = holder(plan.workload.run_dir)
+    if other is not None and other.is_here:  # before its scripts are written anew; the run itself looks closer
+        raise LaunchError(
+            f"another {other.what} is writing to {plan.workload.run_dir} ({other}): wait for it or end it"
+        )
     write_files(plan)
     gpus = hosts.ready(plan) if plan.hosts else {"localhost": gpu_count()}
     if plan.launcher == "deepspeed":

@@ -28,6 +28,7 @@ from scale_digrap.config import Config, OptimizerConfig, config_from_dict, confi
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.registry import QUICKSTART
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, environment, write_atomically
+from scale_digrap.runtime.lock import FolderLock
 
 WORKER = "scale_digrap.quickstart.worker"
 MODEL = "builtin:tiny-vlm"
@@ -216,6 +217,11 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ScaleDigrapError: before any rank starts, if data or model are missing or the options make no sense.
     """
+    with FolderLock(_output(args), "quick-start"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     console = Console()
     started = time.perf_counter()
     settings = prepare(args, console)
@@ -250,6 +256,10 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _output(args: argparse.Namespace) -> Path:
+    return Path(args.output or Path("runs/quickstart-smoke" if args.smoke else "runs/quickstart")).resolve()
+
+
 def prepare(args: argparse.Namespace, console: Console) -> Settings:
     """Build the data and decide on every setting."""
     from scale_digrap.models.loading import resolve_path
@@ -263,7 +273,7 @@ def prepare(args: argparse.Namespace, console: Console) -> Settings:
     steps = args.steps or (6 if args.smoke else STEPS)
     suite_samples = args.suite_samples or (32 if args.smoke else 500)
     device, world_size = _ranks(args.nproc)
-    output = (args.output or Path("runs/quickstart-smoke" if args.smoke else "runs/quickstart")).resolve()
+    output = _output(args)
     with console.status("Building the data: easy-VQA with tied colours, six suites"):
         built = data.build(output / "data", suite_samples=suite_samples)
     settings = Settings(

@@ -50,8 +50,10 @@ class Holder:
     pid: int = 0
     since: str = ""
     what: str = ""
-    machine: str = ""
-    """Tells boots of machines, and containers with their own process numbers, apart."""
+    boot: str = ""
+    """Of which boot of which machine; empty where that is not known."""
+    space: str = ""
+    """Of its process numbers, which a container may have for itself."""
     born: str = ""
     """Tells a process from a later one of the same number."""
     token: str = ""
@@ -60,7 +62,8 @@ class Holder:
     def this(cls, what: str) -> Holder:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         token = secrets.token_hex(8)
-        return cls(socket.gethostname(), os.getpid(), since, what, _machine(), _born(os.getpid()) or "", token)
+        boot, space = _boot(), _space()
+        return cls(socket.gethostname(), os.getpid(), since, what, boot, space, _born(os.getpid()) or "", token)
 
     @classmethod
     def read(cls, data: bytes) -> Holder | None:
@@ -78,7 +81,7 @@ class Holder:
     @property
     def is_here(self) -> bool:
         """It is a process of this machine, whose being there can be asked."""
-        return bool(self.machine) and self.machine == _machine()
+        return bool(self.boot) and (self.boot, self.space) == (_boot(), _space())
 
     @property
     def is_alive(self) -> bool:
@@ -88,7 +91,7 @@ class Holder:
 
 
 _FIELDS: dict[str, Any] = {
-    "host": str, "pid": int, "since": str, "what": str, "machine": str, "born": str, "token": str,
+    "host": str, "pid": int, "since": str, "what": str, "boot": str, "space": str, "born": str, "token": str,
 }  # fmt: skip
 
 
@@ -109,6 +112,7 @@ class FolderLock:
         self._what, self._wait_s, self._stale_s = what, wait_s, stale_s
         self._descriptor: int | None = None
         self._own: Holder | None = None
+        self._unsure = False  # whether who was found is still there: their machine cannot be asked
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -128,13 +132,23 @@ class FolderLock:
         until = time.monotonic() + self._wait_s
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            first: float | None = None
             while (other := self._try()) is not None:
-                if time.monotonic() >= until:
-                    raise LockedError(
-                        f"another {other.what} is writing to {self.folder} ({other}): wait for it or end it, or name "
-                        f"another folder; if it is surely gone, delete {self.path}"
-                    )
-                time.sleep(0.2)
+                if self._unsure:
+                    renewed = self.path.stat().st_mtime
+                    if first is None:
+                        first = renewed
+                        log.info("%s: waiting to see whether %s (%s) is still there", self.folder, other.what, other)
+                    if renewed == first:
+                        time.sleep(0.2)
+                        continue
+                elif time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                raise LockedError(
+                    f"another {other.what} is writing to {self.folder} ({other}): wait for it or end it, or name "
+                    f"another folder; if it is surely gone, delete {self.path}"
+                )
         except OSError as error:
             raise LockedError(
                 f"cannot write in {self.folder}: {reason(error)}. Make room and make it writable, or name another "
@@ -147,6 +161,7 @@ class FolderLock:
 
     def _try(self) -> Holder | None:
         """Take it, or tell who has it."""
+        self._unsure = False
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         try:
             locks = True
@@ -180,6 +195,8 @@ class FolderLock:
         if found.is_here:
             # With locks it would hold this one: it is another process that has got its number, or was killed.
             return not locks and found.is_alive
+        if locks and found.boot == _boot():
+            return False  # a container of this machine, whose kernel keeps the locks
         # On another machine, or before this one's last boot: a clock of the storage's own, both times.
         before = os.fstat(descriptor).st_mtime
         probe = self.folder / f"{NAME}.{secrets.token_hex(4)}"
@@ -189,6 +206,7 @@ class FolderLock:
         finally:
             probe.unlink(missing_ok=True)
         if age < self._stale_s:
+            self._unsure = True
             return True
         log.warning("%s: taking over from %s, which has not been heard of for %.0f s", self.folder, found, age)
         return False
@@ -238,10 +256,17 @@ class FolderLock:
 def holder(folder: str | os.PathLike[str]) -> Holder | None:
     """Who writes in a folder now, for whoever wants to say so before they begin; takes nothing.
 
-    A lock that was left behind by a process of this machine that is gone is nobody's.
+    A lock that was left behind is nobody's: by a process of this machine that is gone, by one of another machine that
+    has not renewed it for :data:`STALE_S`, as far as the two clocks agree.
     """
-    found = _read_path(Path(folder) / NAME)
-    return None if found is None or (found.is_here and not found.is_alive) else found
+    path = Path(folder) / NAME
+    found = _read_path(path)
+    if found is None or found.is_here:
+        return found if found is not None and found.is_alive else None
+    try:
+        return found if time.time() - path.stat().st_mtime < STALE_S else None
+    except OSError:
+        return None
 
 
 def _read(descriptor: int) -> Holder | None:
@@ -278,13 +303,18 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
 
 
-def _machine() -> str:
-    """This boot of this machine, and the name space of its process numbers; empty where neither is known."""
+def _boot() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
+
+
+def _space() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _born(pid: int) -> str | None:

@@ -208,6 +208,9 @@ class ZeroLayout(ShardLayout):
             runs = flat_runs(shape, segment.offset, segment.offset + segment.numel)
             layers.append(Layer(name, shape, rows and len(shape) > 1))
             placements.append(Placement(shape, table.shards, runs, offset=segment.offset))
+        self.used: set[int] | None = None
+        """The layers that the coming training step moves, where the engine's user knows better than the engine, which
+        gives every layer a gradient; the same on all ranks. For one step."""
         self._touched: set[int] | None = None
         self._groups: list[dict[str, Any]] = []
         self._pending: set[int] | None = None
@@ -252,6 +255,9 @@ class ZeroLayout(ShardLayout):
             param_groups: all of them; ZeRO hides groups from the optimizer while it steps one.
             touched: the layers that have a gradient in this training step; ``None`` for all.
         """
+        used, self.used = self.used, None
+        if used is not None:
+            touched = used if touched is None else touched & used
         self._groups, self._touched = list(param_groups), touched
         self._pending, self._decided = set(range(len(self.tensors))), False
 

@@ -76,18 +76,20 @@ class Engine(Protocol):
         """The context of a forward pass: autocast where the precision asks for it."""
         ...
 
-    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool, placeholder: bool = False) -> None:
         """Accumulate gradients: they add up over calls, and are averaged over the ranks by the time of ``step``.
 
         Args:
             model: what ``prepare`` returned.
             loss: of this micro-batch.
             last: this is the last one before ``step``.
+            placeholder: its only picture is the collator's, not a sample's: see :class:`Usage`.
         """
         ...
 
     def step(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Update:
-        """Clip, update, free the gradients; a step with a non-finite gradient is skipped on all ranks."""
+        """Clip, update, free the gradients; a step with a non-finite gradient is skipped on all ranks. A layer that no
+        rank has used stays as it is, with its state."""
         ...
 
     def finish(self, model: nn.Module) -> None:

@@ -30,11 +30,13 @@ from scale_digrap.config import Config
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.models.select import match_names
 from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.layerwise import LayerwiseAdamW
 from scale_digrap.optim.portable import PortableState
 from scale_digrap.sharding.dtensor import local, shard_count
 from scale_digrap.training.engine import TrainingError, Update
 from scale_digrap.training.optimizer import build_optimizer, held_anchors
 from scale_digrap.training.ranks import Ranks
+from scale_digrap.training.usage import Usage, local_zeros
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class FsdpEngine(Ranks):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.clip_norm = config.training.clip_norm
+        self._usage: Usage | None = None
         self.replicas = config.sharding.dp_replicate_size
         if self.world_size % self.replicas:
             raise TrainingError(
@@ -135,6 +138,9 @@ class FsdpEngine(Ranks):
 
     def prepare(self, loaded: LoadedModel, config: Config) -> tuple[nn.Module, Optimizer]:
         optimizer = build_optimizer(loaded, config.optimizer)
+        if self.world_size > 1:
+            self._usage = Usage(loaded.trained())
+            self._usage.watch_units(loaded.model)
         if isinstance(optimizer, AnchoredOptimizer):
             optimizer.init_state()
         return loaded.model, optimizer
@@ -149,22 +155,25 @@ class FsdpEngine(Ranks):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool, placeholder: bool = False) -> None:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         loss.backward()
 
     def step(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> Update:
         parameters = list(parameters)
-        self.finish_gradients(parameters)
-        if self.clip_norm is None and hasattr(optimizer, "grad_norm"):
-            # DiGraP's own sums hold the norm, and it leaves out non-finite steps itself: no extra collective.
+        used = None if self._usage is None else self._usage.take()
+        if self.clip_norm is None and isinstance(optimizer, LayerwiseAdamW):
+            # DiGraP's own sums hold the norm and who has a gradient, and it leaves out non-finite steps itself: no
+            # extra collective.
+            if used is not None:
+                self._drop_zeros(parameters, used)
             before = optimizer.skipped_steps
             optimizer.step()
             skipped = optimizer.skipped_steps > before
             grad_norm = math.nan if skipped else optimizer.grad_norm()
         else:
-            grad_norm = self.grad_norm(parameters)
+            grad_norm = self._agree(parameters, used)
             skipped = not math.isfinite(grad_norm)
             if not skipped:
                 if self.clip_norm is not None and grad_norm > self.clip_norm:
@@ -182,15 +191,43 @@ class FsdpEngine(Ranks):
     def close(self) -> None:
         pass
 
+    @torch.no_grad()
+    def _drop_zeros(self, parameters: Sequence[nn.Parameter], used: Sequence[bool]) -> None:
+        """Take the gradient from layers that this rank has not used and no other rank has added to, as far as this
+        shard tells. An optimizer that sums over the ranks sees a layer that any rank has used all the same, and a shard
+        without a gradient counts as zeros."""
+        unused = [
+            (p, local(p.grad)) for p, flag in zip(parameters, used, strict=True) if not flag and p.grad is not None
+        ]
+        for (parameter, _), zero in zip(unused, local_zeros([gradient for _, gradient in unused]), strict=True):
+            if zero:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _agree(self, parameters: Sequence[nn.Parameter], used: Sequence[bool] | None) -> float:
+        """The global norm; with the same sum over the ranks, the same layers have a gradient on all of them: those that
+        any has used."""
+        norm, counts = self._norm_and_sums(parameters, [float(flag) for flag in used or ()])
+        for parameter, count in zip(parameters, counts, strict=used is not None):
+            if count == 0:
+                parameter.grad = None
+            else:
+                self.finish_gradients([parameter])
+        return norm
+
     def finish_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every trained parameter a gradient: the same set on every rank, whatever its batches held."""
+        """Give every one of these parameters a gradient, zeros where it has none."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    @torch.no_grad()
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> float:
         """Global L2 norm of all gradients, equal on all ranks."""
+        return self._norm_and_sums(parameters, [])[0]
+
+    @torch.no_grad()
+    def _norm_and_sums(self, parameters: Iterable[nn.Parameter], flags: list[float]) -> tuple[float, list[float]]:
+        """The global L2 norm of all gradients, and the sums over the ranks of some numbers, in one reduction."""
         # Each rank counts an element with weight 1 / (number of ranks that hold it), so that one sum over all ranks is
         # right for any mixture of meshes and placements; clip_grad_norm_ refuses mixed meshes.
         by_copies: dict[float, list[torch.Tensor]] = {}
@@ -202,17 +239,22 @@ class FsdpEngine(Ranks):
         for copies, gradients in by_copies.items():
             norms = torch.stack(torch._foreach_norm(gradients))
             total += norms.double().square().sum() / copies
+        packed = torch.cat([total.view(1), torch.tensor(flags, dtype=torch.float64).to(self.device)])
         if self.world_size > 1:
-            dist.all_reduce(total)
-        return math.sqrt(total.item())
+            dist.all_reduce(packed)
+        square, *sums = packed.tolist()
+        return math.sqrt(square), sums
 
     @torch.no_grad()
     def layer_norms(self, parameters: Iterable[nn.Parameter]) -> list[float]:
-        """L2 norm of every gradient, equal on all ranks."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).tolist()
-        copies = [self.world_size / shard_count(gradient) for gradient in gradients]
-        return [math.sqrt(s) for s in self.sum([norm**2 / n for norm, n in zip(norms, copies, strict=True)])]
+        """L2 norm of every gradient, 0 where there is none, equal on all ranks."""
+        parameters = list(parameters)
+        squares = [0.0] * len(parameters)
+        present = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([local(gradient) for _, gradient in present])).tolist()
+        for (index, gradient), norm in zip(present, norms, strict=True):
+            squares[index] = norm**2 / (self.world_size / shard_count(gradient))
+        return [math.sqrt(square) for square in self.sum(squares)]
 
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: float) -> None:

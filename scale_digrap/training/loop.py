@@ -33,7 +33,7 @@ from scale_digrap.training.export import save_final
 from scale_digrap.training.health import Health, StepData
 from scale_digrap.training.loss import answer_loss, first_answer_position
 from scale_digrap.training.metrics import LOG, Metrics, check_back_ends, memory_mb
-from scale_digrap.training.optimizer import capture_anchors, keeps_anchors, layer_summary
+from scale_digrap.training.optimizer import AdamW, capture_anchors, keeps_anchors, layer_summary
 from scale_digrap.training.ranks import on_first
 from scale_digrap.training.run_folder import CHECKPOINTS
 from scale_digrap.training.schedule import build_schedule
@@ -386,7 +386,8 @@ class _Run:
                 loss = answer_loss(self.model, self.engine.to_device(batch), first) * scale
             # A loss that is not finite may have a finite gradient: make it tell, on this rank and so on all.
             finite = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-            self.engine.backward(self.model, loss * finite, last=index == len(micro_batches) - 1)
+            last = index == len(micro_batches) - 1
+            self.engine.backward(self.model, loss * finite, last=last, placeholder=_has_placeholder(batch))
             self.step_loss += loss.detach() * (answer_tokens / self.engine.dp_world_size)
         self.tokens += tokens
         self.samples += samples
@@ -397,7 +398,7 @@ class _Run:
             self._log(number, grad_norm)
         if self.stepped and logs.layers_every and number % logs.layers_every == 0:
             layer_stats = getattr(self.optimizer, "layer_stats", None)
-            if layer_stats is not None:
+            if layer_stats is not None and not isinstance(self.optimizer, AdamW):
                 self.metrics.write_layers(number, layer_stats())
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], Exception | None]:
@@ -462,6 +463,11 @@ class _Run:
         self.metrics.write(number, figures)
         self.result.history.append({"step": number, **figures})
         self._reset()
+
+
+def _has_placeholder(batch: Batch) -> bool:
+    """Whether the last row is the one that ``VqaCollator.always_image`` adds: no sample is without an answer."""
+    return not bool((batch["labels"][-1] != IGNORE).any())
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -3,26 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scale_digrap.config import OptimizerConfig
 from scale_digrap.models.loading import LoadedModel
+from scale_digrap.models.select import match_names
+from scale_digrap.optim.layerwise import GRAD, HAS_GRAD, LayerwiseAdamW
+from scale_digrap.optim.telemetry import LayerStats
 from scale_digrap.sharding import zero3
 from scale_digrap.sharding.dtensor import local
 from scale_digrap.training.engine import Engine, TrainingError
 
 
+class AdamW(LayerwiseAdamW):
+    """``torch.optim.AdamW``, layer by layer in whatever tensors hold the layers: in ZeRO's flat partitions a layer then
+    has a step count of its own, and stays as it is in a step that does not use it."""
+
+    layer_scalars = ()
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {**options, "anchor": None, "anchor_dtype": "auto"})
+
+    def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
+        live = sums[HAS_GRAD] > 0
+        finite = torch.isfinite(sums[GRAD]).all()
+
+        def commit() -> None:
+            self._steps.add_(live)
+            self._last = {"sums": sums}
+
+        return commit, torch.stack([torch.zeros_like(sums[GRAD]), live.double(), finite.double().expand(len(live))])
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """None: no layer has an anchor."""
+        return {}
+
+
 def parameter_groups(loaded: LoadedModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups of (name, parameter) pairs with their ``anchor``: initial, zero, or None. Frozen parameters are in none.
+    """Groups of (name, parameter) pairs with their ``anchor`` (initial, zero, or None) and ``weight_decay``. Frozen
+    parameters are in none.
 
     Raises:
         TrainingError: nothing is trained.
+        SelectionError: a pattern of ``optimizer.no_decay`` that matches no trained parameter.
     """
-    by_anchor: dict[str | None, list[tuple[str, nn.Parameter]]] = {}
+    exempt = set(undecayed(loaded, config))
+    by_kind: dict[tuple[str | None, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in loaded.trained().items():
         anchor: str | None = config.anchor
         if name in loaded.new_layers or config.anchor == "none":
@@ -31,14 +62,35 @@ def parameter_groups(loaded: LoadedModel, config: OptimizerConfig) -> list[dict[
             anchor = "zero" if name in loaded.adapters else "initial"
         elif config.anchor == "initial" and name in loaded.adapters:
             raise TrainingError(f"optimizer.anchor=initial anchors the adapter {name!r} at its random value: use auto")
-        by_anchor.setdefault(anchor, []).append((name, parameter))
-    if not by_anchor:
+        by_kind.setdefault((anchor, name not in exempt), []).append((name, parameter))
+    if not by_kind:
         raise TrainingError("no parameter is trained: relax model.freeze")
-    return [{"params": params, "anchor": anchor} for anchor, params in by_anchor.items()]
+    return [
+        {"params": params, "anchor": anchor, "weight_decay": config.weight_decay if decayed else 0.0}
+        for (anchor, decayed), params in by_kind.items()
+    ]
 
 
-def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
-    """The configured method over the trained parameters; the engine has its anchors captured."""
+def undecayed(loaded: LoadedModel, config: OptimizerConfig) -> list[str]:
+    """The trained parameters that ``optimizer.weight_decay`` leaves alone, by name.
+
+    Raises:
+        SelectionError: a pattern of ``optimizer.no_decay`` that matches none.
+    """
+    trained = loaded.trained()
+    chosen = set(match_names(config.no_decay, trained, key="optimizer.no_decay"))
+    if not config.decay_norms_and_biases:
+        chosen |= {name for name, parameter in trained.items() if len(zero3.full_shape(parameter)) < 2}
+    return [name for name in trained if name in chosen]
+
+
+def build_optimizer(loaded: LoadedModel, config: OptimizerConfig, *, flat: bool = False) -> Optimizer:
+    """The configured method over the trained parameters; the engine has its anchors captured.
+
+    Args:
+        loaded, config: the run's.
+        flat: the engine puts other tensors in the place of the parameters, which hold several layers each.
+    """
     groups = parameter_groups(loaded, config)
     common: dict[str, Any] = {
         "lr": config.lr,
@@ -47,10 +99,15 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw":
-        named = [pair for group in groups for pair in group["params"]]
+        by_decay: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for group in groups:
+            by_decay.setdefault(group["weight_decay"], []).extend(group["params"])
+        plain = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+        if flat:
+            return AdamW(plain, **common)
         # On a CPU, torch's default for sharded parameters is a Python loop, ten times slower than its fused kernel.
-        fused = named[0][1].device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(named, fused=fused or None, **common)
+        fused = plain[0]["params"][0][1].device.type in ("cpu", "cuda")  # type: ignore[index]
+        return _with_state(torch.optim.AdamW(plain, fused=fused or None, **common))
     from scale_digrap import AdamFTP, AdamL2SP, AdamSPD, DiGraP
 
     if config.name == "ftp":
@@ -70,6 +127,20 @@ def build_optimizer(loaded: LoadedModel, config: OptimizerConfig) -> Optimizer:
         anchor_dtype=config.anchor_dtype,
         **common,
     )
+
+
+@torch.no_grad()
+def _with_state(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """Create all state at once, as its first step would: a layer that no step has used yet has state in checkpoints."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return optimizer
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from scale_digrap import deepspeed as sdds
 from scale_digrap.config import Config
+from scale_digrap.deepspeed.engine import attached_layout
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.portable import PortableState
@@ -31,6 +32,7 @@ from scale_digrap.sharding.zero import ZeroLayout, ZeroTable, prove, read_table
 from scale_digrap.training.engine import TrainingError, Update
 from scale_digrap.training.optimizer import build_optimizer
 from scale_digrap.training.ranks import Ranks
+from scale_digrap.training.usage import Usage
 from scale_digrap.zero_config import deepspeed_json
 
 _TAG = "deepspeed"
@@ -54,6 +56,7 @@ class ZeroEngine(Ranks):
         self._engine: Any = None
         self._trained: list[nn.Parameter] = []
         self._bad_norms: list[float] | None = None
+        self._usage: Usage | None = None
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -89,13 +92,16 @@ class ZeroEngine(Ranks):
         return config.sharding.load_sharded
 
     def prepare(self, loaded: LoadedModel, config: Config) -> tuple[nn.Module, Optimizer]:
-        optimizer = build_optimizer(loaded, config.optimizer)
+        optimizer = build_optimizer(loaded, config.optimizer, flat=True)
         settings = deepspeed_json(config, bf16=self.masters)
         if self.rank == 0:
             text = json.dumps(settings, indent=2) + "\n"
             (Path(config.run_dir) / "deepspeed.json").write_text(text, encoding="utf-8")
         self._engine, *_ = sdds.initialize(model=loaded.model, optimizer=optimizer, config=settings)
         self._trained = list(loaded.trained().values())
+        self._usage = Usage(loaded.trained())
+        self._usage.watch_parameters()
+        self._usage.find_picture_layers(loaded.model)
         self._measure_bad_steps()
         return self._engine, optimizer
 
@@ -121,14 +127,25 @@ class ZeroEngine(Ranks):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, last: bool, placeholder: bool = False) -> None:
+        assert self._usage is not None
+        self._usage.placeholder = placeholder
         self._engine.set_gradient_accumulation_boundary(last)
         # The loss is a share of the mean over all micro-batches and needs no division by their number.
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Update:
-        engine = self._engine
+        engine, parameters = self._engine, list(parameters)
+        assert self._usage is not None
+        used = [count > 0 for count in self.sum([float(flag) for flag in self._usage.take()])]
+        layout = attached_layout(engine)
+        if layout is not None:
+            numbers = {layer.name: index for index, layer in enumerate(layout.layers)}
+            layout.used = {numbers[name] for name, flag in zip(self._usage.names, used, strict=True) if flag}
         if engine.optimizer is optimizer:  # stage 0 in fp32: DeepSpeed neither checks nor tells the norm
+            for parameter, flag in zip(parameters, used, strict=True):
+                if not flag:
+                    parameter.grad = None
             norm = _plain_norm(parameters)
             if not math.isfinite(norm):
                 norms = self._layer_norms()
@@ -236,6 +253,8 @@ def _is_adapter(config: Config) -> bool:
 def _plain_norm(parameters: Iterable[nn.Parameter]) -> float:
     """Global L2 norm of whole gradients, which are equal on all ranks."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return 0.0
     norms = torch.stack(torch._foreach_norm(gradients))
     return math.sqrt(float(norms.double().square().sum()))
 

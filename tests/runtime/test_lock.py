@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -86,10 +87,10 @@ def test_a_number_that_another_process_has_got_since_is_not_the_holder(tmp_path,
     FolderLock(tmp_path, "training run", wait_s=0.0).acquire()
 
 
-def elsewhere(folder, age):
+def elsewhere(folder, age, boot="another boot"):
     content = {
         "host": "node7", "pid": 1, "since": "2026-01-01T00:00:00+00:00", "what": "training run",
-        "machine": "another boot", "born": "5", "token": "x",
+        "boot": boot, "space": "pid:[1]", "born": "5", "token": "x",
     }  # fmt: skip
     (folder / ".lock").write_text(json.dumps(content))
     past = time.time() - age
@@ -101,13 +102,29 @@ def test_of_another_machine_the_time_of_the_file_tells(tmp_path, monkeypatch, ca
     """Also where the system's lock is to be had: some network file systems lock for each host alone."""
     if not locks:
         no_locks(monkeypatch)
-    elsewhere(tmp_path, 20)
-    assert "process 1 on node7" in refused(tmp_path)
     elsewhere(tmp_path, 100)
     with FolderLock(tmp_path, "training run", wait_s=0.0):
         pass
     assert "taking over from process 1 on node7" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+
+    elsewhere(tmp_path, 0)
+    began = time.monotonic()
+    with FolderLock(tmp_path, "training run", wait_s=0.0, stale_s=1.0):
+        pass
+    assert 0.7 < time.monotonic() - began < 5, "it might have been there still"
+
+    elsewhere(tmp_path, 0)
+    renew = threading.Timer(0.5, lambda: os.utime(tmp_path / ".lock"))
+    renew.start()
+    assert "process 1 on node7" in refused(tmp_path, stale_s=30.0)
+    renew.join()
+
+
+def test_a_container_of_this_machine_that_was_killed_is_not_waited_for(tmp_path):
+    elsewhere(tmp_path, 0, module._boot())
+    with FolderLock(tmp_path, "training run", wait_s=0.0):
+        pass
 
 
 def test_the_holder_renews_the_time_and_notices_a_deleted_folder(tmp_path, monkeypatch, caplog):
@@ -144,7 +161,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         os._exit(0)
     try:
         first.release()
-        with FolderLock(tmp_path, "training run", wait_s=0.0):
+        with FolderLock(tmp_path, "training run", wait_s=10.0):  # the child has yet to close its copy
             pass
     finally:
         os.kill(child, signal.SIGKILL)
