@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from scale_digrap.runtime.logs import is_number, parse_record
+from scale_digrap.runtime.text import TextError, read_json
 
 LOG = "log.jsonl"
 SETTLE_S = 5.0
@@ -74,9 +76,10 @@ def outcome(run_dir: Path, stamp: Path) -> Outcome:
         for name, kind in (("DONE", "done"), ("STOPPED", "stopped")):
             if newer(run_dir / name, stamp):
                 try:
-                    return Outcome(kind, json.loads((run_dir / name).read_text(encoding="utf-8")))
-                except (OSError, ValueError):
-                    return Outcome(kind, {})
+                    entry = read_json(run_dir / name)
+                except TextError:
+                    entry = {}
+                return Outcome(kind, entry if isinstance(entry, dict) else {})
         if time.monotonic() >= until:
             return Outcome("failed", {})
         time.sleep(0.5)
@@ -132,9 +135,9 @@ class Progress:
             return ""
         step = int(self._last["step"])
         parts = [f"step {step}/{self._total}" if self._total else f"step {step}"]
-        if isinstance(self._last.get("loss"), float | int):
+        if is_number(self._last.get("loss")):
             parts.append(f"loss {self._last['loss']:.4f}")
-        if isinstance(self._last.get("samples_per_s"), float | int):
+        if is_number(self._last.get("samples_per_s")):
             parts.append(f"{self._last['samples_per_s']:.0f} samples/s")
         if self._total and self._first and step > self._first[1]:
             left = (time.monotonic() - self._first[0]) / (step - self._first[1]) * (self._total - step)
@@ -154,13 +157,10 @@ class Progress:
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and "step" in entry:
+            entry = parse_record(line)
+            if entry is not None:
                 self._last = entry
-                self._first = self._first or (time.monotonic(), int(entry["step"]))
+                self._first = self._first or (time.monotonic(), entry["step"])
 
 
 def last_line(path: Path) -> str:

@@ -40,6 +40,7 @@ from scale_digrap.quickstart.pipeline import (
     training_config,
     wise,
 )
+from scale_digrap.runtime.logs import figures
 from scale_digrap.training import train
 from scale_digrap.training.engine import Engine, create_engine
 
@@ -186,15 +187,19 @@ class Worker:
 def _summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A training run in a few figures."""
     tail = history[-10:]
+    losses = figures(tail, "loss")
     summary: dict[str, Any] = {
         "steps": history[-1]["step"],
-        "loss (last 10 steps)": sum(line["loss"] for line in tail) / len(tail),
-        "samples/s": _median([line["samples_per_s"] for line in history]),
-        "memory MB": max(line["memory_mb"] for line in history),
+        "samples/s": _median(figures(history, "samples_per_s")),
+        "memory MB": max(figures(history, "memory_mb")),
     }
+    if losses:
+        summary["loss (last 10 steps)"] = sum(losses) / len(losses)
+    if len(losses) < len(tail):
+        summary["of the last 10 steps, skipped"] = len(tail) - len(losses)
     for key, label in (("omega_mean", "mean ω"), ("conflict_rate", "conflict rate")):
-        if history[-1].get(key) is not None:
-            summary[label] = history[-1][key]
+        if found := figures(history[-1:], key):
+            summary[label] = found[0]
     return summary
 
 

@@ -56,7 +56,7 @@ def scan_log(path: str | os.PathLike[str], until: int | None = None, *, steps: b
             return scan
         with open(path, "rb") as file:
             for line in _lines(file):
-                record = _record(line, steps)
+                record = parse_record(line, steps=steps)
                 if record is None:
                     scan.odd += bool(line.strip())
                 elif until is None or not steps or record["step"] <= until:
@@ -104,7 +104,8 @@ def _lines(file: Any) -> Iterator[bytes]:
         yield line
 
 
-def _record(line: bytes, steps: bool) -> dict[str, Any] | None:
+def parse_record(line: bytes, *, steps: bool = True) -> dict[str, Any] | None:
+    """The record in a line, ``None`` where it is none; ``steps`` as for :func:`scan_log`."""
     try:
         record = parse_json(line, "a line")
     except TextError:

@@ -7,7 +7,6 @@ neither after a failure.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,8 @@ from typing import Any
 from scale_digrap.config import Config
 from scale_digrap.duration import seconds
 from scale_digrap.errors import RunStopped
+from scale_digrap.runtime.logs import reason as why
+from scale_digrap.runtime.text import finite, write_json
 from scale_digrap.training.manifest import sync_folder, write_durably
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ class StopRequests:
     def _stop_file(self) -> bool:
         if not self._file_seen and time.monotonic() - self._looked >= _LOOK_EVERY_S:
             self._looked = time.monotonic()
-            self._file_seen = (self._run_dir / STOP_FILE).exists()
+            with suppress(OSError):  # storage that is away for a while
+                self._file_seen = (self._run_dir / STOP_FILE).exists()
         return self._file_seen
 
     def reason(self, votes: Sequence[float]) -> str | None:
@@ -103,8 +106,11 @@ class StopRequests:
         """What to raise, when the checkpoint is durable. Rank 0 leaves the marker and takes the stop file away."""
         if rank == 0:
             entry = {"step": step, "reason": reason, "checkpoint": None if checkpoint is None else checkpoint.name}
-            write_marker(self._run_dir, STOPPED, entry)
-            (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+            try:
+                (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+                write_marker(self._run_dir, STOPPED, entry)
+            except OSError as error:  # the checkpoint is there, and the exit status tells the same
+                log.warning("cannot write %s: %s", self._run_dir / STOPPED, why(error))
         return run_stopped(
             f"stopped after step {step} ({reason}), checkpoint {checkpoint}: the same command goes on from there"
         )
@@ -123,7 +129,7 @@ def write_marker(run_dir: Path, name: str, entry: dict[str, Any]) -> None:
     job = {key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT") if key in os.environ}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     partial = run_dir / f"{name}.tmp"
-    write_durably(partial, json.dumps({**entry, "time": now, "host": socket.gethostname(), **job}) + "\n")
+    write_durably(partial, write_json(finite({**entry, "time": now, "host": socket.gethostname(), **job})) + "\n")
     partial.replace(run_dir / name)
     sync_folder(run_dir)
 

@@ -66,6 +66,8 @@ class Usage:
 
     def _unit_hook(self, prefix: str) -> Callable[[nn.Module, Any], None]:
         def hook(unit: nn.Module, _: Any) -> None:
+            if not torch.is_grad_enabled():  # generating: a forward pass per token
+                return
             for name, parameter in unit.named_parameters():
                 number = self._number.get(prefix + name)
                 # A unit within this one has its shards in place still.
@@ -78,11 +80,11 @@ class Usage:
     def find_picture_layers(self, model: nn.Module) -> None:
         """Learn, in the first forward pass with a picture, which layers run for pictures alone: those of the modules
         that Transformers' ``get_image_features`` calls, a tower and its projector. A model without it has none."""
-        for module in model.modules():
-            if hasattr(type(module), "get_image_features"):
-                self._spy(module)
+        spied = [module for module in model.modules() if hasattr(type(module), "get_image_features")]
+        for module in spied:
+            self._spy(module, spied)
 
-    def _spy(self, module: Any) -> None:
+    def _spy(self, module: Any, spied: list[nn.Module]) -> None:
         original = module.get_image_features
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +95,8 @@ class Usage:
             finally:
                 handle.remove()
                 self._add_picture_layers(ran)
-                vars(module).pop("get_image_features", None)
+                for other in spied:
+                    vars(other).pop("get_image_features", None)
 
         module.get_image_features = watched
 

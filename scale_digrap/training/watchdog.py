@@ -72,10 +72,9 @@ class Watchdog:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-            except OSError as error:
-                raise TrainingError(
-                    f"cannot write {self._path}: {short(error)}: make run_dir writable, or set training.stall_s=0"
-                ) from None
+            except OSError as error:  # on this rank alone, perhaps: no reason to leave the others waiting
+                log.warning("rank %d: cannot write %s: %s; hangs are not watched", self._rank, self._path, short(error))
+                return self
             self._write_place(None)
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
@@ -89,8 +88,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         ended_well = error is None or isinstance(error, (RunStopped, KeyboardInterrupt))
         if ended_well and self._dumped is None:
-            self._path.unlink(missing_ok=True)
-            with suppress(OSError):  # other ranks' files are in it
+            with suppress(OSError):  # other ranks' files are in the folder
+                self._path.unlink(missing_ok=True)
                 self._path.parent.rmdir()
         else:
             self._write_place(None if error is None else short(error))

@@ -27,6 +27,8 @@ from scale_digrap.deepspeed.engine import attached_layout
 from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.portable import PortableState
+from scale_digrap.runtime.files import write_whole
+from scale_digrap.runtime.logs import reason
 from scale_digrap.sharding import zero3
 from scale_digrap.sharding.zero import ZeroLayout, ZeroTable, prove, read_table
 from scale_digrap.training.engine import TrainingError, Update
@@ -34,6 +36,8 @@ from scale_digrap.training.optimizer import build_optimizer
 from scale_digrap.training.ranks import Ranks
 from scale_digrap.training.usage import Usage
 from scale_digrap.zero_config import deepspeed_json
+
+log = logging.getLogger(__name__)
 
 _TAG = "deepspeed"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -95,8 +99,11 @@ class ZeroEngine(Ranks):
         optimizer = build_optimizer(loaded, config.optimizer, flat=True)
         settings = deepspeed_json(config, bf16=self.masters)
         if self.rank == 0:
-            text = json.dumps(settings, indent=2) + "\n"
-            (Path(config.run_dir) / "deepspeed.json").write_text(text, encoding="utf-8")
+            path = Path(config.run_dir) / "deepspeed.json"
+            try:
+                write_whole(path, json.dumps(settings, indent=2) + "\n")
+            except OSError as error:  # it is for people to read
+                log.warning("cannot write %s: %s", path, reason(error))
         self._engine, *_ = sdds.initialize(model=loaded.model, optimizer=optimizer, config=settings)
         self._trained = list(loaded.trained().values())
         self._usage = Usage(loaded.trained())

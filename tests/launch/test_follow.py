@@ -8,8 +8,10 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from scale_digrap.launch import follow
-from scale_digrap.launch.follow import Progress, diagnose, last_line, outcome, start_stamp
+from scale_digrap.launch.follow import Outcome, Progress, diagnose, last_line, outcome, start_stamp
 
 
 def append(path: Path, *entries: dict) -> None:
@@ -100,3 +102,21 @@ def test_without_any_word_the_newest_console_is_shown(tmp_path):
     console = write(tmp_path / "logs" / "launch.here.log", "[default0]: one\n[default0]:two words\n\n")
     assert diagnose(tmp_path / "logs", stamp).log == console
     assert last_line(console) == "two words"
+
+
+def test_odd_lines_of_a_log_end_nothing(tmp_path):
+    output = io.StringIO()
+    progress = Progress(tmp_path, 10, output)
+    odd = ["null", "[1]", '{"step": "x"}', '{"step": true}', "{" * 100_000, '{"a": ' + "[" * 100_000, '{"step": 1e400}']
+    good = json.dumps({"step": 3, "loss": "1.5", "samples_per_s": None})
+    (tmp_path / "log.jsonl").write_bytes("\n".join([*odd, good, "7"]).encode() + b"\n\xff\xfe\n")
+    progress.update()
+    assert progress.text() == "step 3/10"
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"\xff", b"", b'"x"'])
+def test_a_marker_without_an_entry_is_a_marker(tmp_path, content):
+    stamp = start_stamp(tmp_path / "launch")
+    time.sleep(0.02)
+    (tmp_path / "DONE").write_bytes(content)
+    assert outcome(tmp_path, stamp) == Outcome("done", {})

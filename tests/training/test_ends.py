@@ -255,3 +255,29 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_done_and_says_what_to_do(
         with pytest.raises(TrainingError, match=rf"training is complete, but .*{file} cannot be written: No space"):
             run(runs.config(checkpoint("llava"), shards, tmp_path, training={"steps": 1}))
     assert not (tmp_path / "DONE").exists()
+
+
+def test_a_stop_whose_marker_cannot_be_written_is_a_stop_all_the_same(
+    checkpoint, shards, tmp_path, monkeypatch, caplog
+):
+    from scale_digrap.errors import RunStopped
+    from scale_digrap.training import stop
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stop, "write_marker", full)
+    (tmp_path / "STOP").touch()
+    with pytest.raises(RunStopped) as stopped:
+        run(runs.config(checkpoint("llava"), shards, tmp_path, training={"steps": 5}))
+    assert stopped.value.exit_status == 75
+    assert steps_of(tmp_path) == ["step-1"]
+    assert not (tmp_path / "STOP").exists()
+    assert "STOPPED: No space left on device" in caplog.text
+
+
+def test_places_that_are_not_watched_end_nothing(checkpoint, shards, tmp_path, caplog):
+    (tmp_path / "watchdog").write_text("a file where the folder should be")
+    run(runs.config(checkpoint("llava"), shards, tmp_path, training={"steps": 1}))
+    assert "hangs are not watched" in caplog.text
+    assert strict(tmp_path / "DONE")["step"] == 1
