@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scale_digrap.runtime.text import one_line
 from scale_digrap.training import manifest, run_folder
 
 DAMAGED = 1
@@ -121,10 +122,12 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 def show_checkpoint(arguments: argparse.Namespace) -> int:
     """``checkpoint show RUN``: exit status 0. Tensors are not read, only their sizes."""
     path = run_folder.find(arguments.run_dir, arguments.step)
-    from scale_digrap.training.checkpoint import read_meta
+    from scale_digrap.training.run_state import configured, read_meta
+
+    meta = read_meta(path)
     from scale_digrap.training.stored import StoredState
 
-    meta, state = read_meta(path), StoredState(path / run_folder.STATE)
+    state = StoredState(path / run_folder.STATE)
     missing = [what for what, absent in (("frozen weights", meta.frozen), ("anchors", not meta.anchors)) if absent]
     facts = {
         "checkpoint": path,
@@ -133,13 +136,13 @@ def show_checkpoint(arguments: argparse.Namespace) -> int:
         "optimizer": meta.optimizer,
         "written by": f"{meta.engine} on {meta.ranks} rank{'s' if meta.ranks > 1 else ''}",
         "versions": ", ".join(f"{name} {version}" for name, version in meta.versions.items()),
-        "base": f"{meta.config['model']['path']} (fingerprint {meta.base})",
+        "base": f"{configured(meta, 'model', 'path')} (fingerprint {meta.base})",
         "left out": f"{' and '.join(missing)}: those of the base" if missing else "nothing",
         "layers": f"{len(state.layers())}",
     }
     width = max(map(len, facts))
     for name, fact in facts.items():
-        print(f"{name:<{width}}  {fact}")
+        print(f"{name:<{width}}  {one_line(str(fact))}")
     print()
     rows: list[tuple[str, ...]] = [("tensors", "number", "elements", "dtype", "size")]
     for kind, entries in state.kinds().items():
@@ -192,11 +195,12 @@ def _add_step(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     """``trainer.json`` for a list, which shows damaged checkpoints too."""
+    from scale_digrap.training.run_state import CheckpointError, read_meta
+
     try:
-        meta = json.loads((path / run_folder.META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return asdict(read_meta(path))
+    except CheckpointError:
         return {}
-    return meta if isinstance(meta, dict) else {}
 
 
 def _print_layers(state: Any) -> None:
@@ -206,12 +210,17 @@ def _print_layers(state: Any) -> None:
     for layer in state.layers():
         elements = state.tensors[f"param.{layer}"].size.numel()
         values = (scalars.get(layer, {}).get(name) for name in names)
-        rows.append((layer, f"{elements:,}", *("" if value is None else f"{value:g}" for value in values)))
+        rows.append((layer, f"{elements:,}", *("" if value is None else _number(value) for value in values)))
     _print_table(rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:
     """Columns as wide as what is in them; the first is left-aligned."""
+    rows = [tuple(one_line(cell) for cell in row) for row in rows]  # names in a checkpoint may hold terminal escapes
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         print("  ".join([f"{first:<{widths[0]}}", *map(str.rjust, others, widths[1:])]))

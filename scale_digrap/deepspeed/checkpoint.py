@@ -15,9 +15,11 @@ from torch import Tensor
 
 from scale_digrap.deepspeed.engine import attached_layout, client_optimizer
 from scale_digrap.deepspeed.support import DeepSpeedError
+from scale_digrap.deepspeed.trust import load_plain, only_plain_pickles
 from scale_digrap.optim.anchored import LAYER_STATE
 from scale_digrap.optim.portable import load_portable as _load_portable
 from scale_digrap.optim.portable import save_portable as _save_portable
+from scale_digrap.runtime.text import read_text
 from scale_digrap.sharding.zero import ZeroLayout
 
 _ANCHOR = "anchor.pt"
@@ -52,14 +54,14 @@ def to_universal(source: str | Path, target: str | Path, *, workers: int = 4) ->
 
     Raises:
         DeepSpeedError: not such a checkpoint; one of ``round_robin_gradients``, whose fragments DeepSpeed mis-names;
-            or DeepSpeed's converter failed.
+            or DeepSpeed's converter failed; or a file that holds more than DeepSpeed writes, of which nothing is run.
     """
     source, target = Path(source), Path(target)
     files = _rank_files(source)
     if not files:
         raise DeepSpeedError(f"{source} holds no ZeRO optimizer states: name the folder of one tag, DIR/TAG")
     anchors = _collect_anchors(files)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "scale_digrap.deepspeed.trust", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     command += ["--num_extract_workers", str(workers), "--num_merge_workers", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,7 +70,7 @@ def to_universal(source: str | Path, target: str | Path, *, workers: int = 4) ->
         raise DeepSpeedError(f"DeepSpeed's conversion of {source} failed: {last}")
     for name, values in anchors.items():
         folder = target / "zero" / name
-        weights = torch.load(folder / "fp32.pt", weights_only=False)
+        weights = load_plain(folder / "fp32.pt")
         shape = (weights["param"] if isinstance(weights, dict) else weights).shape  # a bare tensor for stage 3
         if shape.numel() != values.numel():
             raise DeepSpeedError(f"the anchor of {name!r} has {values.numel()} elements, the layer {shape.numel()}")
@@ -87,13 +89,14 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None, **k
 
     Raises:
         DeepSpeedError: saved on another number of ranks and not converted; or a Universal Checkpoint on ranks that
-            hold only padding, on which DeepSpeed's loader fails.
+            hold only padding, on which DeepSpeed's loader fails; or a file that holds more than DeepSpeed writes, of
+            which nothing is run.
     """
     layout = attached_layout(engine)
     universal = bool(engine.load_universal_checkpoint())
     if tag is None:
         latest = Path(folder) / ("latest_universal" if universal else "latest")
-        tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+        tag = read_text(latest, 1 << 12).strip() if latest.is_file() else None
     here = Path(folder) / str(tag)
     if layout is not None and universal:
         _refuse_empty_ranks(engine, layout)
@@ -104,7 +107,8 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None, **k
                 f"{here} was saved on {ranks} data-parallel ranks, these are {layout.world_size}: convert it with "
                 "scale_digrap.deepspeed.to_universal, or save with scale_digrap.deepspeed.save_portable"
             )
-    result = engine.load_checkpoint(str(folder), tag=tag, **kwargs)
+    with only_plain_pickles():
+        result = engine.load_checkpoint(str(folder), tag=tag, **kwargs)
     if layout is not None:
         client_optimizer(engine).adopt_loaded_state()
     if layout is not None and universal and result[0] is not None:
@@ -123,7 +127,7 @@ def _collect_anchors(files: list[Path]) -> dict[str, Tensor]:
     """Every stored anchor, flattened and whole, by the layer's name in the model."""
     parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for path in files:
-        zero = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        zero = load_plain(path)["optimizer_state_dict"]
         state = zero.get("base_optimizer_state") or zero["optimizer_state_dict"]
         own = state["param_groups"][0].get(LAYER_STATE)
         if own is None:
@@ -187,7 +191,7 @@ def _restore_anchors(engine: Any, layout: ZeroLayout, folder: Path) -> None:
         state = optimizer.state[layout.tensors[layout.holders[index]]]
         if "anchor" not in state or not path.is_file():
             continue
-        values = torch.load(path, map_location="cpu", weights_only=True)["param"]
+        values = load_plain(path)["param"]
         if state["anchor"].dtype == torch.bfloat16 != values.dtype:
             state["anchor"] = state["anchor"].to(values.dtype)
         layout.local(index, state["anchor"]).copy_(layout.local_of_full(index, values))

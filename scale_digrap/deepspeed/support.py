@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.runtime.text import TextError, read_json
 
 
 class DeepSpeedError(ScaleDigrapError):
@@ -19,13 +19,13 @@ def read_config(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """A copy of a DeepSpeed configuration, given as a dictionary or as a JSON file."""
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
-    path = Path(config)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DeepSpeedError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DeepSpeedError(f"the DeepSpeed configuration {path} is not JSON: {error}") from None
+        settings = read_json(config)
+    except TextError as error:
+        raise DeepSpeedError(f"the DeepSpeed configuration: {error}") from None
+    if not isinstance(settings, dict):
+        raise DeepSpeedError(f"the DeepSpeed configuration {config} holds a {type(settings).__name__}, not an object")
+    return settings
 
 
 def check_config(config: Mapping[str, Any]) -> None:

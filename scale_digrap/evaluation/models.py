@@ -7,7 +7,6 @@ WiSE-FT weight asks for it: one reader for all engines, any number of ranks, ada
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,15 +27,19 @@ from scale_digrap.evaluation.evaluate_config import EvaluateConfig, ModelEntry, 
 from scale_digrap.evaluation.wise import interpolate
 from scale_digrap.models.collate import PromptTemplate
 from scale_digrap.models.loading import (
+    LOAD_ERRORS,
     PRECISION_DTYPE,
+    UNTRUSTED,
     LoadedModel,
-    ModelLoadError,
     adapter_base,
+    adapter_settings,
+    load_error,
     load_model,
     quiet,
     resolve_path,
     template_of,
 )
+from scale_digrap.runtime.text import read_json
 from scale_digrap.training import export, manifest
 from scale_digrap.training.engine import CheckpointError, Engine, create_engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
@@ -282,7 +285,7 @@ def _of_run(entry: ModelEntry) -> _Source:
         planned = export.plan(str(entry.run), **_export_options(entry, alpha))
     meta, model = planned.meta, planned.config.model
     adapter = export.is_adapter(planned.config)
-    digest = json.loads((planned.path / manifest.NAME).read_text(encoding="utf-8"))["sha256"]
+    digest = manifest.own_digest(planned.path)
     origin = {
         "checkpoint": str(planned.path),
         "step": meta.step,
@@ -344,9 +347,12 @@ def _written_template(path: str) -> tuple[PromptTemplate | None, int | None]:
     if not file.is_file():
         return None, None
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-        return PromptTemplate(**noted["prompt_template"]), noted.get("checkpoint", {}).get("step")
-    except (ValueError, KeyError, TypeError) as error:
+        noted = read_json(file, 1 << 20)
+        template, step = noted["prompt_template"], noted.get("checkpoint", {}).get("step")
+        if not all(isinstance(template[key], str) for key in ("prompt", "answer")) or not isinstance(step, int | None):
+            raise TypeError("a value of another type")
+        return PromptTemplate(**template), step
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelsError(f"{file} is damaged ({error}): delete it and give model.prompt") from None
 
 
@@ -355,10 +361,15 @@ def _skeleton(path: str, revision: str | None) -> Any:
     try:
         with quiet():
             found: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=revision, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+                path,
+                revision=revision,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **UNTRUSTED,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelLoadError(f"cannot load a model from {path!r}: {short(error)}") from error
+    except LOAD_ERRORS as error:
+        raise load_error("a model", path, error) from error
     model, info = found
     for name, stored, wanted in sorted(info.get("mismatched_keys") or (), key=str):
         raise CheckpointError(
@@ -374,10 +385,10 @@ def _skeleton(path: str, revision: str | None) -> Any:
 
 
 def _check_adapter(skeleton: Any, path: str, base: str, alphas: list[float]) -> None:
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict
 
+    settings = adapter_settings(path)
     try:
-        settings: Any = PeftConfig.from_pretrained(path)
         settings.inference_mode = False
         adapted = get_peft_model(skeleton, settings)
     except (ValueError, TypeError, KeyError, OSError) as error:

@@ -6,7 +6,7 @@ compute precision.
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from scale_digrap.config import LoraConfig, ModelConfig
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.collate import PromptTemplate, VqaCollator
 from scale_digrap.models.select import freeze, match_names
+from scale_digrap.runtime.text import TextError, one_line, read_json
 
 BUILTIN = {"builtin:tiny-vlm": Path(__file__).resolve().parent.parent / "quickstart" / "tiny_vlm"}
 """Checkpoints that come with the package."""
@@ -31,6 +32,15 @@ PRECISION_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class ModelLoadError(ScaleDigrapError):
     """A checkpoint that cannot be loaded or trained as configured."""
+
+
+UNTRUSTED: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
+"""Of every ``from_pretrained`` of a model: neither Python files of the checkpoint nor what a pickle calls are run."""
+
+LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, pickle.PickleError)
+"""What Transformers raises for a checkpoint that it cannot load."""
+
+_MAX_CONFIG_BYTES = 1 << 26
 
 
 @dataclass
@@ -44,6 +54,7 @@ class LoadedModel:
         new_layers: names of trained parameters without a pre-trained value.
         adapters: names of LoRA parameters (their anchor is zero).
         path: the base checkpoint as it was named: a folder, a hub id or ``builtin:…``.
+        adapter_parts: names of all parameters that a folder of the adapter holds, frozen ones too.
     """
 
     model: nn.Module
@@ -52,6 +63,7 @@ class LoadedModel:
     new_layers: set[str] = field(default_factory=set)
     adapters: set[str] = field(default_factory=set)
     path: str = ""
+    adapter_parts: set[str] = field(default_factory=set)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, tied ones once."""
@@ -75,17 +87,55 @@ def resolve_path(path: str) -> str:
     return str(BUILTIN[path])
 
 
+def load_error(what: str, path: str, error: BaseException) -> ModelLoadError:
+    """The one line for a checkpoint that Transformers or peft cannot load.
+
+    Args:
+        what: such as ``"a model"``.
+        path: the checkpoint.
+        error: theirs.
+    """
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return ModelLoadError(
+            f"cannot load {what} from {path!r}: it asks to run Python code of its own ('auto_map'), which is never "
+            "done here: use a checkpoint of an architecture that Transformers has"
+        )
+    if isinstance(error, pickle.PickleError):
+        return ModelLoadError(
+            f"cannot load {what} from {path!r}: its weights are a pickle that calls more than tensors need, or a "
+            "damaged one; nothing of it was run. Use safetensors from a source that you trust"
+        )
+    return ModelLoadError(f"cannot load {what} from {path!r}: {one_line(text or type(error).__name__, 300)}")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        values = read_json(file, _MAX_CONFIG_BYTES)
+    except TextError as error:
+        raise ModelLoadError(str(error)) from None
+    if not isinstance(values, dict):
+        raise ModelLoadError(f"{file} is damaged: it holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(_has_key(inner, key) for inner in value.values())
+    return isinstance(value, list) and any(_has_key(inner, key) for inner in value)
+
+
 def load_processor(config: ModelConfig) -> Any:
     """The checkpoint's processor.
 
     Raises:
-        ModelLoadError: no such checkpoint, or a processor without images or text.
+        ModelLoadError: no such checkpoint, or a processor without images or text
     """
     path = resolve_path(config.path)
     try:
-        processor = AutoProcessor.from_pretrained(path, revision=config.revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelLoadError(f"cannot load a processor from {path!r}: {_short(error)}") from error
+        processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise load_error("a processor", path, error) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ModelLoadError(f"{path!r} has a {type(processor).__name__}, not a processor of images and text")
     return processor
@@ -137,6 +187,8 @@ def load_model(
             model = _load_adapter(model, path)
         elif use_lora:
             model = add_adapters(model, lora)  # type: ignore[arg-type]
+    # As peft leaves them: what is not of the base.
+    parts = {name for name, p in model.named_parameters() if p.requires_grad} if use_lora else set()
     new_layers = _new_layers(model, config, missing)
     if config.freeze:
         freeze(model, config.freeze)
@@ -150,6 +202,7 @@ def load_model(
         new_layers={name for name in new_layers if model.get_parameter(name).requires_grad},
         adapters=adapters,
         path=name,
+        adapter_parts=parts,
     )
 
 
@@ -161,10 +214,10 @@ def _from_pretrained(
     try:
         with quiet():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=config.revision, dtype=dtype, output_loading_info=True, **kwargs
+                path, revision=config.revision, dtype=dtype, output_loading_info=True, **UNTRUSTED, **kwargs
             )
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"cannot load a model from {path!r}: {_short(error)}") from error
+    except LOAD_ERRORS as error:
+        raise load_error("a model", path, error) from error
     model, info = loaded
     if info.get("mismatched_keys"):
         name = sorted(info["mismatched_keys"], key=str)[0]
@@ -207,20 +260,50 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
 
 
 def adapter_base(path: str) -> str | None:
-    """The base checkpoint of a saved adapter folder; None where ``path`` is no such folder."""
+    """The base checkpoint of a saved adapter folder; None where ``path`` is no such folder.
+
+    Raises:
+        ModelLoadError: it is one that is damaged, or not LoRA.
+    """
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    settings = _read_object(file)
+    # Other kinds load tokenizers, or import modules by name, as their settings ask.
+    if settings.get("peft_type") != "LORA":
+        raise ModelLoadError(f"{file}: peft_type is {settings.get('peft_type')!r}; adapters of LoRA alone are loaded")
+    if settings.get("megatron_config"):
+        raise ModelLoadError(f"{file}: 'megatron_config' imports a module that the file names, which is not done here")
+    if _has_key(settings, "trust_remote_code"):
+        raise ModelLoadError(f"{file} asks for trust_remote_code, which is never done here: remove it")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ModelLoadError(f"{file} does not name its base model")
-    return str(base)
+    return base
+
+
+def adapter_settings(path: str) -> Any:
+    """peft's settings of a saved adapter folder.
+
+    Raises:
+        ModelLoadError: as :func:`adapter_base`, or peft does not take them.
+    """
+    from peft import PeftConfig
+
+    adapter_base(path)
+    try:
+        return PeftConfig.from_pretrained(path)
+    except LOAD_ERRORS as error:
+        raise load_error("an adapter", path, error) from error
 
 
 def _load_adapter(model: nn.Module, path: str) -> nn.Module:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, path, is_trainable=True)  # type: ignore[arg-type]
+    try:
+        return PeftModel.from_pretrained(model, path, is_trainable=True)  # type: ignore[arg-type]
+    except LOAD_ERRORS as error:  # adapter_model.bin is read with weights_only
+        raise load_error("an adapter", path, error) from error
 
 
 def _train_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -255,8 +338,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

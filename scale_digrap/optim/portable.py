@@ -9,19 +9,30 @@ ZeRO's flat slices. What is written on one way of sharding is read on any other,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.optim import Optimizer
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.optim.anchored import AnchoredOptimizer
+from scale_digrap.optim.dcp_reader import FolderReader, load
+from scale_digrap.runtime.dcp_folder import FolderError
+from scale_digrap.runtime.files import UntrustedFileError
 from scale_digrap.sharding.layout import ShardLayout, layout_for
 
 SCALARS = "layers"
@@ -30,6 +41,39 @@ PARAM = "param"
 
 class PortableStateError(ScaleDigrapError):
     """A folder that does not fit the optimizer it is loaded into."""
+
+
+class UnreadLayersError(PortableStateError):
+    """A folder that holds trained layers which the optimizer does not step."""
+
+
+# What wrappers put into the names of what they wrap: torch.compile, activation checkpointing, FSDP1; and DDP's, which a
+# module of a model may bear too.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_DDP = "module"
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Name → the name under which a layer is stored, whatever the model is wrapped in.
+
+    DDP, ``torch.compile``, activation checkpointing and FSDP1 each put a part into names, around the model or around
+    one of its modules. All are left out. Only where that makes two layers alike, a part ``module`` that does not come
+    first is taken for the model's own.
+
+    Raises:
+        PortableStateError: two layers that differ by a wrapper's part alone.
+    """
+    names = list(names)
+    bare = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in names}
+    stored = {name: ".".join(part for part in parts if part != _DDP) or name for name, parts in bare.items()}
+    if len(set(stored.values())) < len(stored):
+        stored = {name: ".".join(dropwhile(lambda part: part == _DDP, parts)) or name for name, parts in bare.items()}
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(stored[name], name)
+        if other != name:
+            raise PortableStateError(f"layers {other!r} and {name!r} differ by the part of a wrapper alone: rename one")
+    return stored
 
 
 class FlatRange(Tensor):
@@ -104,13 +148,22 @@ class PortableState:
             layout = layout_for(names, params, [False] * len(names))
         assert layout is not None
         self.optimizer, self.layout = optimizer, layout
+        stored = canonical_names(layer.name for layer in layout.layers)
+        self._stored = [stored[layer.name] for layer in layout.layers]
+        """Every layer's name in a folder."""
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """What ``torch.distributed.checkpoint.save`` takes. Collective where a layer is cut across its rows."""
-        ranges: dict[str, Any] = {SCALARS: json.dumps(self.scalars())}
+        scalars = self.scalars()
+        by_name = {
+            stored: scalars[layer.name]
+            for stored, layer in zip(self._stored, self.layout.layers, strict=True)
+            if layer.name in scalars
+        }
+        ranges: dict[str, Any] = {SCALARS: json.dumps(by_name)}
         for name, index, tensor in self._tensors():
             local, first = self.layout.local(index, tensor), self.layout.first_element(index)
             size = self.layout.layers[index].shape.numel()
@@ -137,21 +190,41 @@ class PortableState:
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def check(self, stored: Mapping[str, Any], where: str | Path) -> None:
-        """Compare with a folder's metadata, before anything is changed.
+        """Compare with a folder's metadata, before anything is changed. Collective: every rank has layers of its own.
 
         Raises:
-            PortableStateError: layers missing, or of another size.
+            PortableStateError: layers missing, or of another size; stored layers that no rank's optimizer steps, which
+                would silently keep the values that they have now.
         """
-        known = sorted(name.removeprefix(f"{PARAM}.") for name in stored if name.startswith(f"{PARAM}."))
-        for layer in self.layout.layers:
-            found: Any = stored.get(f"{PARAM}.{layer.name}")
+        keys = self._keys(stored)
+        known = sorted(stored_name for key, stored_name in keys if key == PARAM)
+        for name, layer in zip(self._stored, self.layout.layers, strict=True):
+            found = stored.get(keys.get((PARAM, name), ""))
             if found is None:
                 has = f"it holds {len(known)} layers, first {known[0]!r}" if known else "it holds no layers"
                 raise PortableStateError(f"{where} lacks layer {layer.name!r}; {has}")
+            if not isinstance(found, TensorStorageMetadata) or not found.properties.dtype.is_floating_point:
+                raise PortableStateError(f"{where}: what is stored of layer {layer.name!r} are no weights")
             if tuple(found.size) != (layer.shape.numel(),):
                 raise PortableStateError(
-                    f"layer {layer.name!r} has {layer.shape.numel()} elements, {where} holds {found.size[0]} of them"
+                    f"layer {layer.name!r} has {layer.shape.numel()} elements, {where} holds {found.size.numel()} of "
+                    "them"
                 )
+        stepped = {name for names in _of_all_ranks(self._stored) for name in names}
+        unread = [name for name in known if name not in stepped]
+        if unread:
+            more = f" and {len(unread) - 1} more layers" if len(unread) > 1 else ""
+            raise UnreadLayersError(
+                f"{where} holds trained weights of layer {unread[0]!r}{more}, which this optimizer does not step and "
+                "would silently lose"
+            )
+
+    @staticmethod
+    def _keys(stored: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+        """(kind, canonical name of the layer) → key in the folder."""
+        pairs = [(*key.partition(".")[::2], key) for key in stored if "." in key]
+        canonical = canonical_names(name for kind, name, _ in pairs if kind == PARAM)
+        return {(kind, canonical.get(name, name)): key for kind, name, key in pairs}
 
     @torch.no_grad()
     def targets(self, stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[int, Tensor, Tensor]]]:
@@ -161,11 +234,14 @@ class PortableState:
             ranges by key, and (layer, tensor, values) of those that have to be copied back: a layer cut across its rows
             is read whole, one in channels-last order passes through a copy.
         """
-        self._make_state(stored)
+        keys = self._keys(stored)
+        self._make_state(stored, keys)
         ranges: dict[str, Any] = {SCALARS: ""}
         late: list[tuple[int, Tensor, Tensor]] = []
-        for name, index, tensor in self._tensors():
-            if name not in stored:
+        for own, index, tensor in self._tensors():
+            kind, _, layer_name = own.partition(".")
+            name = keys.get((kind, layer_name))
+            if name is None:
                 continue
             local, first = self.layout.local(index, tensor), self.layout.first_element(index)
             size = self.layout.layers[index].shape.numel()
@@ -188,7 +264,11 @@ class PortableState:
             if values.numel() == shape.numel() != local.numel():
                 values = self.layout.local_of_full(index, values.view(shape))
             local.copy_(values.view(local.shape))
-        scalars = json.loads(ranges[SCALARS])
+        read = parse_scalars(ranges[SCALARS], "the folder")
+        stored = canonical_names(read)
+        found = {stored[name]: values for name, values in read.items()}
+        layers = zip(self._stored, self.layout.layers, strict=True)
+        scalars = {layer.name: found[name] for name, layer in layers if name in found}
         if isinstance(self.optimizer, AnchoredOptimizer):
             self.optimizer.load_layer_state(scalars)
             return
@@ -212,23 +292,22 @@ class PortableState:
 
     def _tensors(self) -> Iterator[tuple[str, int, Tensor]]:
         """(key in the folder, layer, tensor that holds it) of everything that is laid out like the weights."""
-        for index, layer in enumerate(self.layout.layers):
+        for index, name in enumerate(self._stored):
             holder = self._holder(index)
-            yield f"{PARAM}.{layer.name}", index, holder.detach()
+            yield f"{PARAM}.{name}", index, holder.detach()
             for key, value in self._state(index).items():
                 if isinstance(value, Tensor) and value.shape == holder.shape and (value.dim() or not _is_number(key)):
-                    yield f"{key}.{layer.name}", index, value
+                    yield f"{key}.{name}", index, value
 
-    def _make_state(self, stored: Mapping[str, Any]) -> None:
+    def _make_state(self, stored: Mapping[str, Any], keys: Mapping[tuple[str, str], str]) -> None:
         """Tensors that the folder has and the optimizer does not yet; anchors wide enough for what is stored."""
         by_layer: dict[str, list[tuple[str, Any]]] = {}
-        for name, found in stored.items():
-            key, _, layer_name = name.partition(".")
-            if key != PARAM:
-                by_layer.setdefault(layer_name, []).append((key, found))
-        for index, layer in enumerate(self.layout.layers):
+        for (kind, layer_name), key in keys.items():
+            if kind != PARAM and isinstance(stored[key], TensorStorageMetadata):
+                by_layer.setdefault(layer_name, []).append((kind, stored[key]))
+        for index, name in enumerate(self._stored):
             holder = self._holder(index)
-            for key, found in by_layer.get(layer.name, ()):
+            for key, found in by_layer.get(name, ()):
                 present = self.optimizer.state[holder].get(key)
                 if present is None and key != "anchor":
                     self.optimizer.state[holder][key] = torch.zeros_like(holder, requires_grad=False)
@@ -241,25 +320,40 @@ def _is_number(key: str) -> bool:
     return key not in ("exp_avg", "exp_avg_sq", "anchor", "direction", "momentum_buffer")
 
 
-def open_portable(folder: str | Path) -> tuple[dcp.FileSystemReader, Metadata]:
-    """A folder's reader and its metadata, read once: that of a large checkpoint has an entry per tensor and rank.
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def parse_scalars(text: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Every layer's numbers as they are stored.
 
     Raises:
-        PortableStateError: no such folder.
+        PortableStateError: they are something else.
     """
-    if not (Path(folder) / ".metadata").is_file():
-        raise PortableStateError(f"{folder} holds no portable state: it has no .metadata")
-    reader = dcp.FileSystemReader(folder)
-    return reader, reader.read_metadata()
+    try:
+        scalars = json.loads(text)
+        if all(isinstance(values, dict) for values in scalars.values()):
+            return dict(scalars)
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        pass
+    raise PortableStateError(f"{where} is damaged: what it holds under {SCALARS!r} are not the layers' numbers")
 
 
-def read_metadata(folder: str | Path) -> Mapping[str, Any]:
-    """What a folder holds: key → size and dtype.
+def open_portable(folder: str | Path) -> tuple[FolderReader, Metadata]:
+    """A folder's reader and its metadata; nothing in the folder is trusted, and nothing of it is run.
 
     Raises:
-        PortableStateError: as :func:`open_portable`.
+        PortableStateError: no such folder, or its metadata is damaged, forged, or not that of such a folder.
     """
-    return open_portable(folder)[1].state_dict_metadata
+    reader = FolderReader(folder)
+    try:
+        return reader, reader.read_metadata()
+    except (FolderError, UntrustedFileError) as error:
+        raise PortableStateError(str(error)) from None
 
 
 def save_portable(optimizer: Optimizer, folder: str | Path, layout: ShardLayout | None = None) -> None:
@@ -285,12 +379,17 @@ def load_portable(optimizer: Optimizer, folder: str | Path, layout: ShardLayout 
         folder: every rank must see it.
 
     Raises:
-        PortableStateError: no such folder, layers missing or of another size; nothing is changed then.
+        PortableStateError: no such folder, layers missing or of another size, stored layers that no rank's optimizer
+            steps; nothing is changed then.
         CheckpointException: as ``torch.distributed.checkpoint.load``.
     """
-    stored = read_metadata(folder)
+    reader, metadata = open_portable(folder)
+    stored = metadata.state_dict_metadata
     state = PortableState(optimizer, layout)
     state.check(stored, folder)
     ranges, late = state.targets(stored)
-    dcp.load(ranges, checkpoint_id=folder)
+    try:
+        load(ranges, reader)
+    except FolderError as error:
+        raise PortableStateError(str(error)) from error
     state.finish(ranges, late)

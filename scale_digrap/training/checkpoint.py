@@ -8,12 +8,15 @@ compared. There is no generator state in it: the randomness of a step depends on
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import threading
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,59 +25,32 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scale_digrap.config import Config
 from scale_digrap.data.loader import TrainLoader
 from scale_digrap.models.loading import LoadedModel
-from scale_digrap.optim.portable import FlatRange, PortableStateError, read_metadata
+from scale_digrap.optim.dcp_reader import load
+from scale_digrap.optim.portable import FlatRange, PortableStateError, UnreadLayersError, open_portable
+from scale_digrap.runtime.dcp_folder import FolderError
+from scale_digrap.runtime.secrets import mask_tree
+from scale_digrap.runtime.text import one_line
 from scale_digrap.settings import shown
+from scale_digrap.sharding import zero3
 from scale_digrap.training import manifest
 from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
 from scale_digrap.training.run_folder import CHECKPOINTS, META, STATE
+from scale_digrap.training.run_state import VERSION, RunState, read_meta
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
-_ANCHOR, _BUFFER = "anchor.", "buffer."
-_VERSION = 2
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The small part of a checkpoint, the same on all ranks: ``trainer.json``."""
-
-    version: int
-    step: int
-    samples: int
-    optimizer: str
-    loader: dict[str, Any]
-    base: str
-    """Fingerprint of the pre-trained weights that the run began with."""
-    frozen: bool
-    """Some weights are not in the checkpoint and come from the base."""
-    anchors: bool
-    """The anchors are in the checkpoint; else they are the base's weights."""
-    engine: str
-    ranks: int
-    config: dict[str, Any]
-    versions: dict[str, str]
-
-
-def read_meta(path: Path) -> RunState:
-    """A checkpoint's ``trainer.json``.
-
-    Raises:
-        CheckpointError: not there, or of another version.
-    """
-    try:
-        return RunState(**json.loads((path / META).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path / META}: {short(error)}") from None
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{path} was written by another version of scale_digrap: use that one") from None
+_ANCHOR, _BUFFER, _FROZEN = "anchor.", "buffer.", "frozen."
+_SHORT_WRITES = ("unexpected pos", "PytorchStreamWriter failed writing")
+_NEEDED = "{needed}"  # known only once all ranks have told their part
 
 
 class Checkpointer:
@@ -107,6 +83,8 @@ class Checkpointer:
         self._frozen = any(name not in trained for name, _ in named)
         made_here = {*loaded.adapters, *loaded.new_layers}
         self._base = weights_fingerprint((name, p) for name, p in named if name not in made_here)
+        self._needed = 0
+        """Bytes of this rank's part of the checkpoint that is being written."""
         self._staging: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._thread_error: str | None = None
@@ -128,6 +106,8 @@ class Checkpointer:
         if not self.options.anchors:
             tensors = {name: value for name, value in tensors.items() if not name.startswith(_ANCHOR)}
         tensors |= {_BUFFER + name: value for name, value in self._buffers().items()}
+        tensors |= {_FROZEN + name: value for name, value in self._frozen_adapter().items()}
+        self._needed = sum(_bytes(value) for value in tensors.values())
         meta = json.dumps(asdict(self._meta(step)), indent=1)
         if not self.options.background:
             self._outcome(self._write(step, tensors, meta, None))
@@ -178,9 +158,17 @@ class Checkpointer:
         final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
         rank = self._engine.rank
         files: dict[str, list[Any]] = {}
+        room = _room(self.folder)
 
         def prepare() -> None:
             if rank == 0:
+                run_dir = self.folder.parent
+                if not run_dir.is_dir():
+                    log.warning(
+                        "run_dir %s was deleted while the run goes on: its log and older checkpoints are lost, this "
+                        "checkpoint is written there again",
+                        run_dir,
+                    )
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
 
@@ -192,7 +180,7 @@ class Checkpointer:
         def list_files() -> None:
             mine = [path.name for path in (partial / STATE).iterdir() if path.name.startswith(f"__{rank}_")]
             if rank == 0:
-                manifest.write_durably(partial / META, meta + "\n")
+                manifest.write_durably(partial / META, meta + "\n", private=True)  # it holds the configuration
                 files.update(manifest.describe(partial, [META, f"{STATE}/.metadata"]))
             files.update(manifest.describe(partial, [f"{STATE}/{name}" for name in mine]))
 
@@ -213,7 +201,7 @@ class Checkpointer:
             self._prune()
 
         for part in (prepare, write_tensors, list_files):
-            if (error := self._agreed(part, group)) is not None:
+            if (error := self._agreed(part, group, room)) is not None:
                 if rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
                 return f"cannot write {final}: {error}"
@@ -221,16 +209,25 @@ class Checkpointer:
         error = self._agreed(commit, group)
         return None if error is None else f"cannot write {final}: {error}"
 
-    def _agreed(self, part: Any, group: Any) -> str | None:
-        """Run a part of the work on every rank; the first error of any of them, on all."""
+    def _agreed(self, part: Any, group: Any, room: str = "") -> str | None:
+        """Run a part of the work on every rank; the first error of any of them, on all.
+
+        Args:
+            part: what to do.
+            group: of the ranks; ``None`` for all.
+            room: for a full disk, what was free before.
+        """
         error = None
         try:
             part()
         except (CheckpointException, Exception) as caught:  # CheckpointException is a BaseException
             error = _reason(caught)
-        for rank, told in enumerate(self._gather(error, group)):
+            error += f"; {room}" if room and _is_full(caught) else ""
+        outcomes = self._gather((error, self._needed), group)
+        needed = _size(sum(size for _, size in outcomes))
+        for rank, (told, _) in enumerate(outcomes):
             if told is not None:
-                return f"rank {rank}: {told}"
+                return f"rank {rank}: {told.replace(_NEEDED, needed)}"
         return None
 
     def _gather(self, value: Any, group: Any) -> list[Any]:
@@ -265,10 +262,22 @@ class Checkpointer:
         names = {name for name, _ in model.named_buffers()}
         return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
 
+    def _frozen_adapter(self) -> dict[str, torch.Tensor]:
+        """What belongs to an adapter that the run goes on with, and is frozen: no base model has it. Collective."""
+        whole = {}
+        for name, parameter in self._loaded.model.named_parameters():
+            if name in self._loaded.adapter_parts and not parameter.requires_grad:
+                if zero3.is_partitioned(parameter):
+                    whole[name] = zero3.full(parameter).cpu()
+                else:
+                    value = parameter.detach()
+                    whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        return whole
+
     def _meta(self, step: int) -> RunState:
         packages = ("torch", "transformers", "deepspeed", "peft", "scale-digrap")
         return RunState(
-            version=_VERSION,
+            version=VERSION,
             step=step,
             samples=self._loader.consumed,
             optimizer=type(self._optimizer).__name__,
@@ -345,39 +354,66 @@ class Checkpointer:
 
     def _load(self, path: Path) -> int:
         state = read_meta(path)
-        self._check(path, state)
+        self._check_optimizer(path, state)
         portable = self._engine.portable(self._optimizer)
         try:
-            stored = read_metadata(path / STATE)
+            reader, metadata = open_portable(path / STATE)
+            stored = metadata.state_dict_metadata
             portable.check(stored, path)
+        except UnreadLayersError as error:
+            raise CheckpointError(
+                f"{error}{self._changes(state)}. Train them too, or export the checkpoint (scale-digrap export RUN "
+                "--to DIR) and begin a run in another run_dir with model.path=DIR"
+            ) from None
         except PortableStateError as error:
-            raise CheckpointError(f"{error}; checkpoint.resume=never or another run_dir starts afresh") from None
+            raise CheckpointError(
+                f"{error}{self._changes(state)}; checkpoint.resume=never or another run_dir starts afresh"
+            ) from None
+        self._check_rest(path, stored)
+        self._check_base(path, state)
         ranges, late = portable.targets(stored)
         ranges |= {_BUFFER + name: value for name, value in self._buffers().items() if _BUFFER + name in stored}
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(ranges, checkpoint_id=path / STATE)
-                portable.finish(ranges, late)
+            load(ranges, reader)
+            portable.finish(ranges, late)
+        except (FolderError, PortableStateError) as error:
+            raise CheckpointError(str(error)) from error
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
         self._engine.weights_changed(self._loaded.model)
         self._set_schedule(state.step)
-        self._loader.load_state_dict(state.loader)
+        try:
+            self._loader.load_state_dict(state.loader)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{path / META} is damaged: its position in the data: {one_line(error)}") from error
         self._tell_changes(state)
         return state.step
 
-    def _check(self, path: Path, state: RunState) -> None:
+    def _check_optimizer(self, path: Path, state: RunState) -> None:
         if state.optimizer != type(self._optimizer).__name__:
             raise CheckpointError(
-                f"{path} was written with {state.optimizer}, this run uses {type(self._optimizer).__name__}: set "
-                f"checkpoint.resume=never or another run_dir"
+                f"{path} was written with {one_line(state.optimizer)}, this run uses {type(self._optimizer).__name__}: "
+                "set checkpoint.resume=never or another run_dir"
             )
+
+    def _check_base(self, path: Path, state: RunState) -> None:
         if state.base != self._base and (state.frozen or not state.anchors):
             what = "its frozen weights" if state.frozen else "its anchors"
             raise CheckpointError(
                 f"{path} leaves out {what}, which are those of the base model, and model.path={self.config.model.path} "
                 f"has other weights now: point it to the weights that the run began with"
+            )
+
+    def _check_rest(self, path: Path, stored: Mapping[str, Any]) -> None:
+        """Refuse what is stored beside the trained layers and would be read by nobody."""
+        here = {_BUFFER + name for name in self._buffers()}
+        here |= {_FROZEN + name for name in self._loaded.adapter_parts}
+        unread = sorted(key for key in stored if key.startswith((_BUFFER, _FROZEN)) and key not in here)
+        if unread:
+            kind, _, name = unread[0].partition(".")
+            raise CheckpointError(
+                f"{path} holds {one_line(name)!r} ({kind}), which this model does not have: it is a checkpoint of "
+                "another model; checkpoint.resume=never or another run_dir starts afresh"
             )
 
     def _set_schedule(self, step: int) -> None:
@@ -393,12 +429,25 @@ class Checkpointer:
         """Say which settings differ from those that the checkpoint was written with: the new ones count."""
         if self._engine.rank != 0:
             return
-        before, now = _flatten(state.config), _flatten(self._meta(state.step).config)
-        quiet = ("checkpoint.", "log.", "run_dir")
-        changed = [key for key in sorted(now) if before.get(key) != now[key] and not key.startswith(quiet)]
+        changed = self._differences(state)
         if changed:
-            told = ", ".join(f"{key}: {before.get(key)} → {now[key]}" for key in changed[:8])
-            log.warning("going on with another configuration than before: %s", told)
+            log.warning("going on with another configuration than before: %s", ", ".join(changed[:8]))
+
+    def _changes(self, state: RunState) -> str:
+        """For an error about layers: the settings that decide which there are, where they differ."""
+        changed = self._differences(state, ("model.", "lora."))
+        return f"; since then, {', '.join(changed[:4])}" if changed else ""
+
+    def _differences(self, state: RunState, only: tuple[str, ...] = ("",)) -> list[str]:
+        """``key: before → now`` of every setting that is another one now; masked on both sides."""
+        before, now = _flatten(mask_tree(state.config)), _flatten(self._meta(state.step).config)
+        quiet = ("checkpoint.", "log.", "run_dir")
+        keys = [key for key in sorted(now) if key.startswith(only) and not key.startswith(quiet)]
+        return [
+            f"{key}: {one_line(str(before.get(key)), 100)} → {one_line(str(now[key]), 100)}"
+            for key in keys
+            if before.get(key) != now[key]
+        ]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -408,13 +457,49 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     """A CheckpointException wraps one error per rank in a page of traceback: the first is the reason."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]  # type: ignore[no-any-return]
+    return error
+
+
+def _is_full(error: BaseException) -> bool:
+    error = _cause(error)
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Torch's writer of archives notices a short write by a position that it does not expect, and tells nothing else.
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SHORT_WRITES)
+
+
+def _reason(error: BaseException) -> str:
+    error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if _is_full(error):
+        return os.strerror(errno.ENOSPC)
     return f"{type(error).__name__}: {short(error)}"
+
+
+def _bytes(value: Any) -> int:
+    tensor = value.values if isinstance(value, FlatRange) else value
+    return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else len(tensor)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _room(folder: Path) -> str:
+    """What is free where a checkpoint is about to be written; empty where that cannot be told."""
+    for place in (folder, *folder.parents):
+        try:
+            return f"{place} had {_size(shutil.disk_usage(place).free)} free, a checkpoint takes {_NEEDED}"
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return ""
 
 
 def _version(name: str) -> str | None:

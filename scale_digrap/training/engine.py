@@ -15,14 +15,11 @@ from scale_digrap.config import Config
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.models.loading import LoadedModel
 from scale_digrap.optim.portable import PortableState
+from scale_digrap.training.run_state import CheckpointError as CheckpointError
 
 
 class TrainingError(ScaleDigrapError):
     """A run that cannot go on."""
-
-
-class CheckpointError(ScaleDigrapError):
-    """A checkpoint that cannot be written or read."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +19,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import cached_file
 
-from scale_digrap.config import CHOICES, Config, config_from_dict
+from scale_digrap.config import CHOICES, Config
 from scale_digrap.evaluation.wise import check_alpha, lora_factor
 from scale_digrap.models.loading import (
+    LOAD_ERRORS,
     PRECISION_DTYPE,
+    UNTRUSTED,
     LoadedModel,
-    ModelLoadError,
     adapter_base,
+    adapter_settings,
     add_adapters,
+    load_error,
     load_processor,
     quiet,
     resolve_path,
@@ -38,12 +41,12 @@ from scale_digrap.models.loading import (
 )
 from scale_digrap.models.select import match_names
 from scale_digrap.training import run_folder
-from scale_digrap.training.checkpoint import RunState, read_meta
 from scale_digrap.training.deferred import Deferred
 from scale_digrap.training.engine import CheckpointError, Engine, short
 from scale_digrap.training.fingerprint import weights_fingerprint
 from scale_digrap.training.run_folder import STATE
-from scale_digrap.training.stored import BUFFER, StoredState
+from scale_digrap.training.run_state import RunState, read_meta, stored_config
+from scale_digrap.training.stored import BUFFER, FROZEN, StoredState
 
 PARAM, ANCHOR = "param", "anchor"
 _PEFT_PREFIX = "base_model.model."
@@ -155,7 +158,7 @@ def plan(
         wise = check_alpha(wise)
     path = run_folder.whole(run, step)
     meta = read_meta(path)
-    config = config_from_dict(meta.config, stored=True)
+    config = stored_config(path, meta)
     if base is not None:
         config.model.path = base
     writer = _AdapterWriter if is_adapter(config) else _ModelWriter
@@ -189,7 +192,8 @@ def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str 
     """
     model: Any = loaded.model
     is_adapter = hasattr(model, "peft_config")
-    state = engine.full_state(model, trained_only=is_adapter)
+    with _unfrozen(model, loaded.adapter_parts):
+        state = engine.full_state(model, trained_only=is_adapter)
     if engine.rank == 0:
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
@@ -204,6 +208,19 @@ def save_final(folder: Path, loaded: LoadedModel, engine: Engine, *, dtype: str 
         partial.rename(folder)
     engine.barrier()
     return folder
+
+
+@contextlib.contextmanager
+def _unfrozen(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Within the block, parameters count as trained: an adapter is saved whole, whatever of it is frozen."""
+    frozen = [p for name, p in model.named_parameters() if name in names and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _save_gathered(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
@@ -242,10 +259,10 @@ class _Base:
         """The architecture without memory."""
         try:
             with quiet(), torch.device("meta"):
-                config = AutoConfig.from_pretrained(self.path, revision=self.revision)
-                model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"cannot read the architecture of {self.path!r}: {short(error)}") from error
+                config = AutoConfig.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
+                model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+        except LOAD_ERRORS as error:
+            raise load_error("the architecture", self.path, error) from error
         with contextlib.suppress(OSError):  # without one of its own, that of the model's configuration stays
             model.generation_config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
         return model
@@ -256,9 +273,11 @@ class _Base:
         dtype = self._file_dtype() or self.trained_from
         try:
             with quiet():
-                model = AutoModelForImageTextToText.from_pretrained(self.path, revision=self.revision, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"cannot load a model from {self.path!r}: {short(error)}") from error
+                model = AutoModelForImageTextToText.from_pretrained(
+                    self.path, revision=self.revision, dtype=dtype, **UNTRUSTED
+                )
+        except LOAD_ERRORS as error:
+            raise load_error("a model", self.path, error) from error
         tensors = {name: value.detach() for name, value in model.state_dict().items()}
         self.expected(tensors)
         return tensors
@@ -316,6 +335,7 @@ class Writer:
 
     def check(self) -> None:
         """Compare the checkpoint's layers with the architecture's, before anything is written."""
+        self.state.rename(name for name, _ in self.skeleton.named_parameters())
         shapes = {name: parameter.shape for name, parameter in self.skeleton.named_parameters()}
         for name in self.state.layers():
             size = self.state.tensors[f"{PARAM}.{name}"].size.numel()
@@ -410,19 +430,44 @@ class _AdapterWriter(Writer):
         if adapter_base(folder) is None:
             self.skeleton = add_adapters(model, config.lora)
         else:
-            from peft import PeftConfig, get_peft_model
+            from peft import get_peft_model
 
-            settings = PeftConfig.from_pretrained(folder)
+            settings = adapter_settings(folder)
             settings.inference_mode = False
             self.skeleton = get_peft_model(model, settings)
         self.continued = adapter_base(folder) is not None
         self.check()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """Everything that the adapter's folder will need is in the checkpoint, trained or frozen."""
+        from peft import get_peft_model_state_dict
+
+        given: dict[str, Tensor] = dict(self.skeleton.state_dict().items())
+        wanted = get_peft_model_state_dict(self.skeleton, state_dict=given, save_embedding_layers=False)
+        chosen = {id(value) for value in wanted.values()}
+        stored = {*self.state.layers(), *self.state.names(FROZEN)}
+        missing = sorted(name for name, value in given.items() if id(value) in chosen and name not in stored)
+        if missing:
+            raise ExportError(
+                f"{self.path} lacks {len(missing)} tensors of the adapter, first {missing[0]!r}, which were frozen "
+                "when it was written: use the run's folder final, or resume the run and export its next checkpoint"
+            )
 
     def write(self, folder: Path, max_shard_size: int) -> None:
         shapes = {name: parameter.shape for name, parameter in self.skeleton.named_parameters()}
         state = {name: self.trained(name, shapes[name]) for name in self.state.layers()}
+        state |= {name: self._frozen(name, shapes[name]) for name in self.state.names(FROZEN)}
         self.skeleton.peft_config["default"].base_model_name_or_path = self.base.name
         self.skeleton.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+    def _frozen(self, name: str, shape: torch.Size) -> Tensor:
+        """A part of the adapter that was not trained; at α = 0 the adapter is to do nothing, all of it."""
+        value = self.state.read(f"{FROZEN}.{name}").float().view(shape)
+        if self.wise is None or lora_factor(name) != "B":
+            return value
+        self.mixed.add(name)
+        return value * self.wise
 
     def pretrained(self, name: str) -> Tensor:
         if self.continued and f"{ANCHOR}.{name}" not in self.state.tensors:

@@ -27,7 +27,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from scale_digrap.config import Config
-from scale_digrap.models.loading import LoadedModel, load_model, resolve_path
+from scale_digrap.models.loading import (
+    LOAD_ERRORS,
+    LoadedModel,
+    load_error,
+    load_model,
+    resolve_path,
+)
 from scale_digrap.models.select import match_names
 from scale_digrap.optim.anchored import AnchoredOptimizer
 from scale_digrap.optim.layerwise import LayerwiseAdamW
@@ -298,6 +304,9 @@ def _skeleton(config: Config) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = resolve_path(config.model.path)
-    model_config = AutoConfig.from_pretrained(path, revision=config.model.revision)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(model_config)
+    try:
+        model_config = AutoConfig.from_pretrained(path, revision=config.model.revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise load_error("the architecture", path, error) from error

@@ -295,3 +295,39 @@ def test_refusals(dist_pool, tmp_path):
     files[0].unlink()
     with pytest.raises(DeepSpeedError):
         sdds.to_universal(Path(tmp_path / "plain" / "one"), tmp_path / "out")
+
+
+def planted_file(folder: Path, pattern: str, marker: Path) -> None:
+    from tests.training.planted import Payload
+
+    (path,) = sorted(folder.rglob(pattern))[:1]
+    torch.save({**torch.load(path, weights_only=False), "extra": Payload(marker)}, path)
+
+
+def load_planted(folder: Path, pattern: str) -> list[str]:
+    """On one rank: what loading and converting a planted checkpoint say."""
+    start_deepspeed()
+    engine = make_engine(config_for({"stage": 2}))
+    train(engine, 0, 1)
+    engine.save_checkpoint(str(folder), tag="good")
+    sdds.load_checkpoint(engine, folder, tag="good")
+    planted_file(folder / "good", pattern, folder / "ran")
+    told = []
+    for call in (
+        lambda: sdds.load_checkpoint(engine, folder, tag="good"),
+        lambda: sdds.to_universal(folder / "good", folder / "universal", workers=1),
+    ):
+        try:
+            call()
+        except DeepSpeedError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("pattern", ["*_optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_no_pickle_of_a_deepspeed_checkpoint_is_run(dist_pool, tmp_path, pattern):
+    told = dist_pool(1).run(load_planted, tmp_path, pattern)[0]
+    assert len(told) == 2
+    assert "not safe to read: it calls 'builtins.eval'" in told[0] or "eval" in told[0], told
+    assert not (tmp_path / "ran").exists()
+    assert all("\n" not in line for line in told)

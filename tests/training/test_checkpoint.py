@@ -1,9 +1,11 @@
 """Checkpoints of two ranks: going on on two, on one and in the other engine, damage, and what is kept."""
 
+import contextlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -288,8 +290,14 @@ def test_a_full_file_system(checkpoint, shards, tmp_path):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*step-3.*(No space left|write|space)"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-3: rank 0: No space left") as told:
             go_on(checkpoint, shards, folder, steps=4)
+        free, needed = re.search(
+            rf"; {re.escape(str(folder))}/checkpoints had ([\d.]+) MB free, a checkpoint takes ([\d.]+) MB",
+            str(told.value),
+        ).groups()
+        assert float(free) == pytest.approx(0.5 * size / 1e6, abs=0.2)
+        assert float(needed) == pytest.approx(size / 1e6, abs=0.2)
         found = manifest.checkpoints(folder / "checkpoints")
         assert [step for step, _ in found] == [1, 2]
         assert all(not manifest.problems(path) for _, path in found)
@@ -300,3 +308,72 @@ def test_a_full_file_system(checkpoint, shards, tmp_path):
 def run_size(checkpoint, shards, folder):
     go_on(checkpoint, shards, folder, steps=1)
     return sum(file.stat().st_size for file in (folder / "checkpoints" / "step-1").rglob("*") if file.is_file())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["one process", "fsdp", "zero3"])
+def test_a_layer_that_was_trained_and_is_frozen_now_is_refused_by_name(dist_pool, checkpoint, shards, tmp_path, engine):
+    """Its trained value would silently become the base's again."""
+    model, path = checkpoint("llava"), tmp_path / "run"
+    options = {"optimizer": {"name": "digrap"}, "schedule": {"name": "constant"}, "checkpoint": SAVING}
+    options["sharding"] = ZERO if engine == "zero3" else {}
+    batch = 8 if engine == "one process" else 4
+
+    def start(steps, **model_options):
+        more = {**options, "model": {"path": str(model), **model_options}}
+        more["training"] = {"steps": steps, "batch_size": batch}
+        if engine == "one process":
+            return runs.run(model, shards, path, **more)
+        return dist_pool(2).run(runs.run, model, shards, path, **more)
+
+    start(1)
+    told_name = r"holds trained weights of layer '[\w.]*vision_tower[\w.]*' and \d+ more layers"
+    with pytest.raises(Exception, match=told_name) as told:
+        start(2, freeze=["vision_tower"])
+    assert "model.freeze: [] → ['vision_tower']" in str(told.value)
+    assert "scale-digrap export RUN --to DIR" in str(told.value)
+    start(2)
+
+
+def test_other_targets_of_adapters_are_the_reason_that_is_told(checkpoint, shards, tmp_path):
+    run, lora = tmp_path / "run", {**LORA, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+    go_on(checkpoint, shards, run, steps=1, lora=lora)
+    for changed, told in (
+        ({"targets": ["q_proj"]}, "lora.targets: ['q_proj', 'v_proj'] → ['q_proj']"),
+        (
+            {"targets": ["q_proj", "v_proj", "k_proj"]},
+            "lora.targets: ['q_proj', 'v_proj'] → ['q_proj', 'v_proj', 'k_proj']",
+        ),
+        ({"rank": 4}, "lora.rank: 2 → 4"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            go_on(checkpoint, shards, run, steps=2, lora={**lora, **changed})
+        assert told in str(error.value)
+        assert "base" not in str(error.value).replace("base_model", "").replace("base_layer", "")
+
+
+def test_a_run_dir_that_is_deleted_while_the_run_goes_on_is_named(checkpoint, shards, tmp_path, monkeypatch, caplog):
+    """The work is not lost: the checkpoint is written there again."""
+    from scale_digrap.training.checkpoint import Checkpointer
+
+    save = Checkpointer.save
+
+    def after_a_deletion(self, step):
+        if step == 2:
+            self.close()
+            shutil.rmtree(self.folder.parent)
+        save(self, step)
+
+    monkeypatch.setattr(Checkpointer, "save", after_a_deletion)
+    with caplog.at_level(logging.WARNING), contextlib.suppress(OSError):  # of the log, which is another's matter
+        go_on(checkpoint, shards, tmp_path / "run", steps=2)
+    assert f"run_dir {tmp_path / 'run'} was deleted while the run goes on" in caplog.text
+    assert [step for step, _ in manifest.checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+    assert not manifest.problems(tmp_path / "run" / "checkpoints" / "step-2")
+
+
+def test_a_folder_that_cannot_be_written_is_named(checkpoint, shards, copy):
+    shutil.rmtree(copy / "checkpoints" / "step-2")
+    (copy / "checkpoints" / "step-2.tmp").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-2: rank 0: File exists: .*step-2\.tmp"):
+        go_on(checkpoint, shards, copy, steps=2)

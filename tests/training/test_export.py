@@ -18,7 +18,7 @@ from scale_digrap.data.sample import VqaSample
 from scale_digrap.evaluation.wise import WiseError, interpolate
 from scale_digrap.models import load_model
 from scale_digrap.models.loading import ModelLoadError
-from scale_digrap.training import manifest, train
+from scale_digrap.training import manifest, run_folder, train
 from scale_digrap.training.deferred import Deferred
 from scale_digrap.training.engine import CheckpointError
 from scale_digrap.training.export import ExportError, base_name, export
@@ -151,6 +151,34 @@ def test_exported_adapter_has_the_live_models_logits_and_trains_on(lora, shards,
     with pytest.raises(ExportError, match=r"no anchor of '.*modules_to_save.*'.*needs the anchors"):
         export(tmp_path / "on", tmp_path / "third", wise=0.5)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_an_adapter_of_which_a_part_is_frozen_is_saved_whole(lora, shards, tmp_path, alpha):
+    """What the run goes on with and does not train belongs to its result too."""
+    first = tensors(lora.run_dir / "final")
+    frozen = {"path": str(lora.run_dir / "final"), "freeze": [r"q_proj\.lora_", "modules_to_save"]}
+    again = live(frozen["path"], shards, tmp_path / "run", model=frozen, optimizer=DIGRAP)
+    assert 0 < len(again.loaded.trained()) < len(first)
+    export(again.run_dir, tmp_path / "out", wise=alpha)
+    final, out = tensors(again.run_dir / "final"), tensors(tmp_path / "out")
+    assert final.keys() == out.keys() == first.keys()
+    for name in first:
+        kept = "q_proj.lora_" in name or "lora_" not in name
+        assert torch.equal(final[name], first[name]) == kept, name
+        scale = alpha if alpha is not None and "lora_B" in name else 1.0
+        assert torch.equal(out[name], final[name] * scale), name
+    stored = run_folder.find(again.run_dir)
+    resumed = runs.run(
+        frozen["path"],
+        shards,
+        again.run_dir,
+        model=frozen,
+        optimizer=DIGRAP,
+        training={"steps": 3, "batch_size": 4},
+        checkpoint={"resume": str(stored)},
+    )
+    assert len(resumed["loss"]) == 3
 
 
 def test_wise_of_an_adapter_scales_the_update(lora, tmp_path):
