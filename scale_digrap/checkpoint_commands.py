@@ -128,6 +128,7 @@ def show_checkpoint(arguments: argparse.Namespace) -> int:
     from scale_digrap.training.stored import StoredState
 
     state = StoredState(path / run_folder.STATE)
+    scalars = state.scalars() if arguments.layers else {}  # before anything is printed: it may be refused
     missing = [what for what, absent in (("frozen weights", meta.frozen), ("anchors", not meta.anchors)) if absent]
     facts = {
         "checkpoint": path,
@@ -153,7 +154,7 @@ def show_checkpoint(arguments: argparse.Namespace) -> int:
     _print_table(rows)
     if arguments.layers:
         print()
-        _print_layers(state)
+        _print_layers(state, scalars)
     return 0
 
 
@@ -203,8 +204,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _print_layers(state: Any) -> None:
-    scalars = state.scalars()
+def _print_layers(state: Any, scalars: dict[str, dict[str, Any]]) -> None:
     names = list(dict.fromkeys(key for values in scalars.values() for key in values))
     rows: list[tuple[str, ...]] = [("layer", "elements", *names)]
     for layer in state.layers():
