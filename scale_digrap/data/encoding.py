@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from scale_digrap.data import limits
 from scale_digrap.data.decode import ImageDecoder, orientation, to_rgb, upright, without_metadata
 from scale_digrap.data.errors import SampleError
 from scale_digrap.data.shards import ShardWriteError, image_extension, image_fields
@@ -90,6 +92,9 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
         if path in missing:
             return Unreadable(path, MISSING)
         try:
+            size = os.stat(path).st_size
+            if size > limits.IMAGE_BYTES:
+                return Unreadable(path, f"has {size:,} bytes, the limit is {limits.IMAGE_BYTES:,}")
             data = Path(path).read_bytes()
         except OSError as error:
             # Storage that fails is no property of the picture: the next call may read it.
@@ -102,6 +107,11 @@ def encode_record(record: Record, options: WriteOptions, missing: frozenset[str]
             return Unreadable(path, "not a picture in a known format")
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, … on damaged files
             return Unreadable(path, str(error))
+    if options.verify:
+        try:
+            _DECODER.check([data for _, data in images])
+        except SampleError as error:
+            return Unreadable(record.images[0], str(error))
     found = image_fields(images) if images else {}
     if record.label is not None:
         found["cls"] = str(record.label).encode()

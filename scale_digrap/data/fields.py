@@ -18,6 +18,9 @@ _BY_CONTENT = frozenset(
 READ = ("JPEG", "PNG", "WebP")
 """The formats that are decoded. Others of PIL's dozens of decoders never see the bytes of a shard."""
 
+MOST_IMAGES = 1000
+"""In one record: numbers of images have at most three digits."""
+
 SNIFFED = 64
 """Bytes that :func:`picture_format` looks at."""
 

@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from scale_digrap.data import limits
 from scale_digrap.data.errors import DataError, SampleError
+from scale_digrap.data.fields import MOST_IMAGES
 from scale_digrap.data.sample import VqaSample, check_text
 from scale_digrap.runtime.text import one_line, write_json
 
@@ -200,16 +202,25 @@ def encode_json(content: Any) -> bytes:
     """JSON with sorted keys: equal content, equal bytes.
 
     Raises:
-        ShardWriteError: a number that is not finite, half a character, or what is no plain value.
+        ShardWriteError: a number that is not finite, half a character, what is no plain value, or more than is read.
     """
     try:
-        return write_json(content, ensure_ascii=False, sort_keys=True).encode()
+        encoded = write_json(content, ensure_ascii=False, sort_keys=True).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise ShardWriteError(f"cannot be written as JSON: {one_line(error)}") from None
+    if len(encoded) > limits.JSON_BYTES:
+        raise ShardWriteError(f"takes {len(encoded):,} bytes as JSON, the limit is {limits.JSON_BYTES:,}")
+    return encoded
 
 
 def image_fields(images: list[tuple[str, bytes]]) -> dict[str, bytes]:
-    """(extension, bytes) of each image → the fields of a record: ``jpg`` for one, ``0.jpg``, ``1.png``, … for more."""
+    """(extension, bytes) of each image → the fields of a record: ``jpg`` for one, ``0.jpg``, ``1.png``, … for more.
+
+    Raises:
+        ShardWriteError: more images than a record can hold.
+    """
+    if len(images) > MOST_IMAGES:
+        raise ShardWriteError(f"{len(images)} images in one record; it can hold {MOST_IMAGES}")
     if len(images) == 1:
         return dict(images)
     return {f"{number}.{extension}": data for number, (extension, data) in enumerate(images)}

@@ -21,7 +21,7 @@ from scale_digrap.data.shards import ShardWriteError, encode_json, write_shards
 from scale_digrap.data.sources.gqa import read_gqa
 from scale_digrap.data.sources.labelled import read_classes, read_image_folder, read_image_lists
 from scale_digrap.data.sources.lavis import read_lavis
-from scale_digrap.data.sources.records import Record
+from scale_digrap.data.sources.records import Question, Record, to_records
 from scale_digrap.data.sources.textvqa import read_textvqa
 from scale_digrap.data.sources.vizwiz import read_vizwiz
 from scale_digrap.data.sources.vqa import read_vqa
@@ -349,6 +349,25 @@ def test_verify_refuses_what_the_loader_would(tmp_path):
         (tmp_path / "p").write_bytes(data)
         result = encode_record(Record("k", (str(tmp_path / "p"),), b"{}"), WriteOptions(verify=True), frozenset())
         assert words in result.reason
+
+
+def test_what_no_loader_would_take_is_not_written(tmp_path):
+    asked = [
+        Question(str(i), ("p.jpg",), {"question": "q" * 90_000, "answers": ["a"], "question_id": str(i)})
+        for i in range(190)
+    ]
+    with pytest.raises(ShardWriteError, match=r"record 'p' of 190 questions: takes .* the limit is 16,777,216"):
+        to_records(asked, grouped=True)
+    many = VqaSample("k", made.png(1), "?", ["a"], "1", more_images=[made.png(1)] * 1000)
+    with pytest.raises(ShardWriteError, match="1001 images in one record; it can hold 1000"):
+        write_shards([many], tmp_path / "many")
+    with open(tmp_path / "large.jpg", "wb") as stream:
+        stream.truncate(3 << 30)
+    large = encode_record(Record("k", (str(tmp_path / "large.jpg"),), b"{}"), WriteOptions(), frozenset())
+    assert large.reason == "has 3,221,225,472 bytes, the limit is 268,435,456"
+    (tmp_path / "p.png").write_bytes(made.encoded(Image.new("L", (8000, 8000)), "png"))
+    five = Record("k", (str(tmp_path / "p.png"),) * 5, b"{}")
+    assert "320,000,000 pixels together" in encode_record(five, WriteOptions(verify=True), frozenset()).reason
 
 
 def test_a_shard_that_is_written_is_read_by_the_same_rules(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scale_digrap.data import limits
 from scale_digrap.data.errors import SampleError
 from scale_digrap.data.sample import check_text
 from scale_digrap.data.shards import ShardWriteError, encode_json
@@ -138,7 +139,15 @@ def _group(key: str, members: list[Question], shared: Sequence[str]) -> Record:
         if len(values) == 1 and name in members[0].content:
             common[name] = members[0].content[name]
     contents = [{name: value for name, value in m.content.items() if name not in common} for m in members]
-    return Record(key, members[0].images, encode_json({"questions": contents, **common}), samples=len(members))
+    if len(members) > limits.QUESTIONS:
+        raise ShardWriteError(f"record {key!r}: {len(members):,} questions, the limit is {limits.QUESTIONS:,}")
+    try:
+        encoded = encode_json({"questions": contents, **common})
+    except ShardWriteError as error:
+        raise ShardWriteError(
+            f"record {key!r} of {len(members)} questions: {error}; write it without --group"
+        ) from None
+    return Record(key, members[0].images, encoded, samples=len(members))
 
 
 def check_content(identity: str, content: dict[str, Any]) -> None:
