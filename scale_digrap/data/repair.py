@@ -91,7 +91,9 @@ def repair_shards(
     if all(repair.whole for repair in repairs):
         return repairs
     if not any(repair.kept for repair in repairs):
-        raise ShardWriteError("not one record of these shards is good: nothing to write")
+        dropped = [(repair.shard, one) for repair in repairs for one in repair.dropped]
+        first = "".join(f". The first: {shard}, {one.key!r}: {one.problem}" for shard, one in dropped[:1])
+        raise ShardWriteError(f"not one record of these shards is good: nothing to write{first}")
 
     staging = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
