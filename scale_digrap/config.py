@@ -339,7 +339,7 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int = 0
-    """Save every this many steps; 0 saves none."""
+    """Save every this many steps, and after the last one; 0 saves none."""
 
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
