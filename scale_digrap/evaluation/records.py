@@ -87,8 +87,9 @@ def read_predictions(path: str | Path) -> list[Record]:
     with Path(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                data = json.loads(line)
+                data = json.loads(line, parse_constant=_refuse)
                 values = {name: data[name] for name in _FIELDS if name in data}
+                _check(values)
                 for name in _REPEATED:  # ten methods answer the same questions: their ids are kept once
                     if isinstance(values.get(name), str):
                         values[name] = sys.intern(values[name])
@@ -97,6 +98,24 @@ def read_predictions(path: str | Path) -> list[Record]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is not a record: {error!r}") from error
     return records
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Types of a record's fields, by hand: there may be millions of them."""
+    if not (
+        isinstance(values["question_id"], str)
+        and isinstance(values["prediction"], str)
+        and isinstance(values["answers"], list)
+        and all(isinstance(answer, str) for answer in values["answers"])
+        and type(values["score"]) in (int, float)
+        and 0 <= values["score"] <= 1
+        and all(values.get(name) is None or isinstance(values[name], str) for name in _REPEATED[2:])
+    ):
+        raise TypeError("a field of another type")
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no score")
 
 
 def _by_type(scored: Iterable[tuple[str | None, float]]) -> dict[str, tuple[float, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.columns import Column, columns
 from scale_digrap.evaluation.runs import (
     SCHEMA,
@@ -38,6 +38,8 @@ from scale_digrap.evaluation.statistics import (
     units,
 )
 from scale_digrap.evaluation.suites import Suite
+from scale_digrap.runtime.text import TextError, read_json
+from scale_digrap.runtime.typed import fits, structured
 
 __all__ = [
     "SCHEMA",
@@ -140,22 +142,24 @@ class Comparison:
         if not path.is_file():
             raise ResultsError(f"{folder} holds no results.json: name the folder of a finished evaluation")
         try:
-            data = json.loads(path.read_text())
+            data = read_json(path)
             check_schema(data, path)
-            suites = [_suite(entry) for entry in data["suites"]]
+            pairs = data["pairs"]
+            if not fits(pairs, list[list[str]]) or any(len(pair) != 2 for pair in pairs):
+                raise TextError(f"pairs is {pairs!r}, expected pairs of methods' keys")
             return cls(
-                methods=[Method(**entry) for entry in data["methods"]],
-                suites=suites,
-                runs=[
-                    dataclasses.replace(MethodRun.load(folder / entry["file"]), method=entry["method"])
-                    for entry in data["runs"]
-                ],
-                pairs=[tuple(pair) for pair in data["pairs"]],
+                methods=[structured(Method, entry, "a method") for entry in data["methods"]],
+                suites=[_suite(entry) for entry in data["suites"]],
+                runs=[_run(folder, entry) for entry in data["runs"]],
+                pairs=[(first, second) for first, second in pairs],
                 folder=folder,
-                **{name: data[name] for name in ("settings", "environment", "title", "leakage", "shift")},
+                **structured(_Kept, {name: data[name] for name in _KEPT}, "it").__dict__,
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ResultsError(f"{path} is not a results file: {error!r}; repeat the evaluation's command") from error
+        except ResultsError:
+            raise
+        except (ScaleDigrapError, KeyError, TypeError) as error:
+            told = str(error) if isinstance(error, ScaleDigrapError) else f"{type(error).__name__} {error}"
+            raise ResultsError(f"{path} is not a results file: {told}; repeat the evaluation's command") from None
 
     @property
     def seeds(self) -> list[int]:
@@ -423,10 +427,31 @@ class Comparison:
         return list(dict.fromkeys([*pairs, *self.pairs]))
 
 
-def _suite(data: Mapping[str, Any]) -> Suite:
+@dataclass
+class _Kept:
+    """What `results.json` keeps as it is."""
+
+    title: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    leakage: dict[str, Any] | None
+    shift: dict[str, Any] | None
+
+
+_KEPT = tuple(entry.name for entry in dataclasses.fields(_Kept))
+
+
+def _suite(data: Any) -> Suite:
     known = {entry.name for entry in dataclasses.fields(Suite)}
-    fields: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name in known}
-    return Suite(**fields)
+    if isinstance(data, Mapping):
+        data = {name: value for name, value in data.items() if name in known}
+    return structured(Suite, data, "a suite")
+
+
+def _run(folder: Path, entry: Any) -> MethodRun:
+    if not (isinstance(entry, Mapping) and fits([entry.get("file"), entry.get("method")], list[str])):
+        raise TextError(f"a run names no file and method: {entry!r}")
+    return dataclasses.replace(MethodRun.load(folder / entry["file"]), method=entry["method"])
 
 
 def _order(ids: Sequence[str], wanted: Sequence[str]) -> np.ndarray | None:

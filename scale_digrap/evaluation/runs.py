@@ -6,7 +6,6 @@ them together. docs/results.md names every field.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.evaluation.records import SuiteResult, read_predictions
+from scale_digrap.evaluation.records import Record, SuiteResult, read_predictions
 from scale_digrap.runtime.logs import is_number, read_log
+from scale_digrap.runtime.text import TextError, read_json, write_json
 from scale_digrap.runtime.text import finite as finite_json
-from scale_digrap.runtime.text import write_json
+from scale_digrap.runtime.typed import fits, structured
 
 SCHEMA = 2
 """Version of the files written here; another one is refused rather than misread."""
@@ -102,9 +102,16 @@ class MethodRun:
     def from_json(cls, data: Mapping[str, Any], path: Path) -> MethodRun:
         """The content of the file `path`, with the predictions files that it names."""
         check_schema(data, path)
-        fields = {name: value for name, value in data.items() if name != "schema"}
-        fields["suites"] = {name: _suite_from_json(value, path.parent) for name, value in data["suites"].items()}
-        return cls(**fields, file=path)
+        if not isinstance(data.get("suites"), dict):
+            raise TextError(f"suites is {data.get('suites')!r}, expected an object")
+        fields = {name: value for name, value in data.items() if name not in ("schema", "file")}
+        fields["suites"] = {}
+        run = structured(cls, fields, "it")
+        if not all(fits(entry, dict[str, Any]) and _is_telemetry(entry) for entry in run.telemetry):
+            raise TextError("telemetry is not a list of objects with a step and layers")
+        run.suites = {name: _suite_from_json(value, path.parent) for name, value in data["suites"].items()}
+        run.file = path
+        return run
 
     def save(self, folder: Path) -> Path:
         """Write `folder/METHOD-seedN.json` whole or not at all."""
@@ -125,8 +132,10 @@ class MethodRun:
             ResultsError: it is damaged, of another schema, or its predictions files are not those it was written with.
         """
         try:
-            return cls.from_json(json.loads(path.read_text()), path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls.from_json(read_json(path), path)
+        except ResultsError:
+            raise
+        except (ScaleDigrapError, OSError, ValueError, KeyError, TypeError) as error:
             raise ResultsError(f"{path} is not a result file: {error}; delete it to have it made again") from error
 
 
@@ -186,13 +195,26 @@ def _suite_to_json(result: SuiteResult, folder: Path | None) -> dict[str, Any]:
     return {**data, "questions": result.n, "accuracy": result.accuracy}
 
 
-def _suite_from_json(data: Mapping[str, Any], folder: Path) -> SuiteResult:
-    fields = {name: value for name, value in data.items() if name not in ("questions", "accuracy")}
-    if "records" in fields:
-        result = SuiteResult.from_json(fields)
+def _is_telemetry(entry: dict[str, Any]) -> bool:
+    return fits(entry.get("step"), int) and fits(entry.get("layers"), dict[str, dict[str, float | None]])
+
+
+def _suite_from_json(data: Any, folder: Path) -> SuiteResult:
+    if not isinstance(data, Mapping):
+        raise TextError(f"a suite's result is {data!r}, expected an object")
+    fields = {name: value for name, value in data.items() if name not in ("questions", "accuracy", "records")}
+    result = structured(SuiteResult, fields, "a suite's result")
+    if "records" in data:
+        if not isinstance(data["records"], list):
+            raise TextError(f"records is {data['records']!r}, expected a list")
+        result.records = [structured(Record, record, "a record") for record in data["records"]]
+    elif result.predictions is None:
+        raise TextError(f"suite {result.suite!r} has neither records nor the name of a file with them")
     else:
-        predictions = os.path.normpath(folder / fields["predictions"])
-        result = SuiteResult(**{**fields, "predictions": predictions, "records": read_predictions(predictions)})
+        result.predictions = os.path.normpath(folder / result.predictions)
+        result.records = read_predictions(result.predictions)
+    if not (result.records and fits(data.get("questions"), int) and fits(data.get("accuracy"), float)):
+        raise TextError(f"suite {result.suite!r} has no records, or says not how many and with which score")
     if result.n != data["questions"] or not math.isclose(result.accuracy, data["accuracy"], abs_tol=1e-9):
         raise ValueError(
             f"suite {result.suite!r} was {data['questions']} questions with a score of {data['accuracy']:.6f}, but "

@@ -143,9 +143,48 @@ def _no_results(folder: Path) -> None:
     (folder / "results.json").unlink()
 
 
+def _edit(file: str, *place: str | int, value: object):
+    """Puts another value into a JSON file, as an editor would."""
+
+    def damage(folder: Path) -> None:
+        content = inner = json.loads((folder / file).read_text())
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return damage
+
+
+def _line(**change: object):
+    def damage(folder: Path) -> None:
+        path = folder / "predictions" / "tuned-seed1" / "seen.jsonl"
+        first, *others = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]) + "\n")
+
+    return damage
+
+
+RUN = "runs/tuned-seed1.json"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_edit("results.json", "methods", 0, "key", value={"a": 1}), r"a method: key is {'a': 1}, expected str"),
+        (_edit("results.json", "suites", 1, "title", value=[1]), r"a suite: title is \[1\], expected str"),
+        (_edit("results.json", "runs", 0, "file", value=None), r"a run names no file and method"),
+        (_edit("results.json", "pairs", value=[["tuned"]]), r"pairs is \[\['tuned'\]\], expected pairs"),
+        (_edit("results.json", "settings", value=[]), r"settings is \[\], expected dict\[str, Any\]"),
+        (_edit(RUN, "seed", value="1"), r"tuned-seed1.json is not a result file: it: seed is '1', expected int"),
+        (_edit(RUN, "drift", value={"layer": 1}), r"drift is {'layer': 1}, expected dict"),
+        (_edit(RUN, "telemetry", value=[{"step": 1}]), r"telemetry is not a list of objects with a step and layers"),
+        (_edit(RUN, "suites", "seen", value=3), r"a suite's result is 3, expected an object"),
+        (_edit(RUN, "suites", "seen", "accuracy", value=float("nan")), r"NaN is not a finite number"),
+        (_line(question_id=["q"]), r"seen.jsonl, line 1 is not a record"),
+        (_line(score="1.0"), r"seen.jsonl, line 1 is not a record"),
+        (_line(score=float("nan")), r"seen.jsonl, line 1 is not a record: ValueError\('NaN is no score'\)"),
+        (_line(question_type={"x": 1}), r"seen.jsonl, line 1 is not a record"),
         (_damage_predictions, r"suite 'seen' was 80 questions with a score of .* but .*seen.jsonl holds 79"),
         (_damage_line, r"seen.jsonl, line 5 is not a record"),
         (_older, r"results.json has schema 1; this version reads schema 2: use the version that wrote it"),

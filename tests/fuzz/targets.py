@@ -1,548 +1,64 @@
-"""What reads files from outside, each with a small whole input, the mutations that fit it, and what a reader does."""
+"""What reads files from outside, by name."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import random
-import re
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image
-
-from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.runtime.text import printable
-from tests.fuzz import mutate
-
-Files = dict[str, bytes]
-"""Name within the case's folder → content."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One reader.
-
-    Attributes:
-        whole: makes the input that is whole, once, in a folder of its own.
-        mutated: which files of it are mutated (a regular expression on their names), and how.
-        read: what a person or a run does with the folder of a case.
-        cost: cases of it are so many times rarer than those of others.
-        refuses: some mutations are errors. False where all are mended: an index is made anew.
-    """
-
-    whole: Callable[[Path], Files]
-    mutated: Mapping[str, Callable[[bytes, random.Random], bytes]]
-    read: Callable[[Path], Any]
-    cost: float = 1.0
-    refuses: bool = True
-
-    def case(self, whole: Files, chance: random.Random) -> Files:
-        """The files with one of them mutated, now and then two."""
-        files = dict(whole)
-        names = [name for name in sorted(files) if any(re.fullmatch(pattern, name) for pattern in self.mutated)]
-        for name in chance.sample(names, k=min(len(names), chance.choice((1, 1, 1, 2)))):
-            how = next(how for pattern, how in self.mutated.items() if re.fullmatch(pattern, name))
-            files[name] = how(files[name], chance)
-        return files
-
-
-def put(files: Files, folder: Path) -> None:
-    """Write a case's files."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-def taken(folder: Path) -> Files:
-    """The files of a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class RefusedError(ScaleDigrapError):
-    """What the command line told on its last line, with status 2."""
-
-
-def command(*words: object) -> str:
-    """Run a command line in this process; returns what it prints.
-
-    Raises:
-        RefusedError: it ended with status 2 and one line.
-    """
-    from scale_digrap import cli
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(word) for word in words])
-    told = err.getvalue().splitlines()
-    for text in (out.getvalue(), err.getvalue()):
-        assert printable(text.replace("\t", " ")) == text.replace("\t", " "), f"not printable: {text!r}"
-    assert status in (0, 1, 2), status
-    if status == 2:
-        errors = [line for line in told if line.startswith("scale-digrap: error")]
-        assert len(errors) == 1, told
-        assert told[-1] == errors[0], told
-        raise RefusedError(errors[0])
-    return out.getvalue()
-
-
-def all_of(*calls: Callable[[], Any]) -> None:
-    """Make every call, whatever the others raise; then raise the first error that is in order."""
-    errors = []
-    for call in calls:
-        try:
-            call()
-        except ScaleDigrapError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-
-
-# -- shards ------------------------------------------------------------------------------------------------------------
-
-
-def _png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4, 3), 20 * number, np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _shard(first: int, count: int) -> bytes:
-    members: list[tuple[str, bytes]] = []
-    for number in range(first, first + count):
-        asked = {"question": f"number {number}", "answers": [str(number)], "question_id": number, "image_id": number}
-        members.append((f"s{number:05d}.json", json.dumps(asked).encode()))
-        if number % 3 == 1:
-            members += [(f"s{number:05d}.0.png", _png(number)), (f"s{number:05d}.1.png", _png(number))]
-        elif number % 3 == 2:
-            members.append((f"s{number:05d}.png", _png(number)))
-    return mutate.tar(members)
-
-
-def shards(folder: Path) -> Files:
-    """Two shards of three samples, not indexed."""
-    return {"a-000000.tar": _shard(0, 3), "a-000001.tar": _shard(3, 3)}
-
-
-def indexed(folder: Path) -> Files:
-    """The same with their indexes and a manifest."""
-    from scale_digrap.data.index import index_shards
-
-    put(shards(folder), folder)
-    index_shards(sorted(folder.glob("*.tar"))).save(folder / "manifest.json")
-    return taken(folder)
-
-
-def read_shards(folder: Path) -> None:
-    """``shards validate``, ``info``, ``peek``, ``repair`` and ``index``, then the loader over what ``index`` took."""
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    all_of(
-        lambda: command("shards", "validate", folder, "--decode"),
-        lambda: command("shards", "info", folder),
-        lambda: command("shards", "peek", folder, "-n", 9),
-        lambda: command("shards", "repair", folder, "--to", folder / "repaired", "--drop-bad"),
-        lambda: command("shards", "index", folder),
-        lambda: load(folder),
-    )
-
-
-def load(folder: Path) -> list[tuple[str, ...]]:
-    """Two epochs of the loader: (key, question, answers, pictures) of each sample."""
-    from scale_digrap.data.faults import FaultPolicy
-    from scale_digrap.data.loader import ShardDataset, TrainLoader
-
-    found = []
-    data = ShardDataset(str(folder), faults=FaultPolicy(retries=1))
-    loader = TrainLoader(data, batch_size=2, collate=list, faults=FaultPolicy(retries=1))
-    batches = iter(loader)
-    for _ in range(min(6, max(1, loader.samples))):
-        for sample in next(batches):
-            pictures = ",".join(str(image.getpixel((0, 0))) for image in sample.images)
-            found.append((sample.key, sample.question, *map(str, sample.answers), pictures))
-    loader.close()
-    data.close()
-    return found
-
-
-_EXPECTED = {
-    (f"s{n:05d}", f"number {n}", str(n), ",".join([str((20 * n,) * 3)] * (0, 2, 1)[n % 3])) for n in range(6)
-}  # fmt: skip
-
-
-def read_indexed(folder: Path) -> None:
-    """The loader over stored indexes: what it hands out is what the shards hold, whatever the indexes say."""
-    from scale_digrap.data.loader import ShardDataset
-
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    found = load(folder)
-    assert set(found) <= _EXPECTED, f"samples that are in no shard: {set(found) - _EXPECTED}"
-    data = ShardDataset(str(folder))
-    assert {(sample.key, sample.question) for sample in data} == {one[:2] for one in _EXPECTED}, "samples are missing"
-
-
-def read_manifest(folder: Path) -> None:
-    """The manifest with the shards it is of: samples are those of the shards, or it is refused."""
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    command("shards", "validate", folder)
-    found = load(folder)
-    assert set(found) <= _EXPECTED, f"samples that are in no shard: {set(found) - _EXPECTED}"
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder: Path) -> Files:
-    """A run of two steps with both checkpoints, its logs and its configuration."""
-    from tests.models import tiny
-    from tests.training import runs
-
-    model, data = tiny.build("llava", folder / "model"), tiny.write_shards(folder / "data")
-    sections: dict[str, Any] = {
-        "training": {"steps": 2, "batch_size": 2},
-        "optimizer": {"name": "digrap", "lr": 1e-3},
-        "checkpoint": {"every": 1, "resume": "auto"},
-        "log": {"layers_every": 1},
-    }
-    runs.run(str(model), str(data), str(folder / "run"), **sections)
-    shutil.rmtree(folder / "run" / "checkpoints" / "step-1")
-    return {f"run/{name}": content for name, content in taken(folder / "run").items()}
-
-
-def sealed(data: bytes, chance: random.Random) -> bytes:
-    """A manifest of a checkpoint with other values, whose own checksum fits again in half of the cases."""
-    from scale_digrap.training import manifest
-
-    if chance.random() < 0.3:
-        return mutate.mutated_json(data, chance)
-    body = json.loads(data)
-    body.pop("sha256", None)
-    body = mutate.mutated_tree(body, chance)
-    try:
-        return manifest._text(body).encode("utf-8", "surrogatepass")
-    except (ValueError, TypeError, AttributeError):
-        return json.dumps(body).encode()
-
-
-def read_checkpoint(folder: Path) -> None:
-    """``checkpoint list``, ``verify`` and ``show``, and the search of what a run goes on from."""
-    from scale_digrap.training import run_folder
-
-    all_of(
-        lambda: command("checkpoint", "list", folder / "run"),
-        lambda: command("checkpoint", "verify", folder / "run"),
-        lambda: command("checkpoint", "show", folder / "run", "--layers"),
-        lambda: run_folder.whole(folder / "run"),
-    )
-
-
-# -- logs --------------------------------------------------------------------------------------------------------------
-
-
-def logs(folder: Path) -> Files:
-    """Ten steps of both logs."""
-    layers = {
-        f"layer.{n}": {"omega": 0.1 * n, "conflict_rate": 0.5, "drift": 1.0, "relative_drift": 0.1} for n in range(3)
-    }
-    figures = {
-        "loss": 1.5,
-        "lr": 1e-3,
-        "grad_norm": 1.0,
-        "samples_per_s": 9.5,
-        "tokens_per_s": 99.5,
-        "memory_mb": 512.0,
-    }
-    figures |= {"data_wait_s": 0.1, "skipped_steps": 0, "bad_samples": 0, "omega_mean": None, "conflict_rate": 0.2}
-    steps = range(1, 11)
-    return {
-        "log.jsonl": b"".join(json.dumps({"step": step, **figures}).encode() + b"\n" for step in steps),
-        "layers.jsonl": b"".join(json.dumps({"step": step, "layers": layers}).encode() + b"\n" for step in steps),
-    }
-
-
-def read_logs(folder: Path) -> None:
-    """A run that goes on after step 5, its history at the end, and the layers of a report. A log ends nothing."""
-    from scale_digrap.config import config_from_dict
-    from scale_digrap.evaluation.runs import read_layers
-    from scale_digrap.training.metrics import Metrics, read_log
-
-    read_layers(folder / "layers.jsonl", until=9)
-    config = config_from_dict({"run_dir": str(folder), "log": {"progress": False}})
-    with Metrics(config, rank=0, total_steps=10, start_step=5) as metrics:
-        metrics.write(6, {"loss": 1.0, "samples_per_s": 1.0})
-    records = read_log(folder / "log.jsonl")
-    steps = [record["step"] for record in records]
-    assert steps[-1] == 6, steps
-    assert all(isinstance(step, int) and step <= 5 for step in steps[:-1]), steps
-    read_log(folder / "layers.jsonl")
-    read_layers(folder / "layers.jsonl")
-
-
-# -- configurations ----------------------------------------------------------------------------------------------------
-
-TRAIN = b"""\
-run_dir: /tmp/fuzz/run
-model: {path: a/b, prompt: "Q: {question} A:", max_length: 100, freeze: [vision], new_layers: []}
-lora: {enabled: false, rank: 8, targets: [q_proj]}
-data: {mixture: {a: {shards: [a.tar], weight: 1.0}, b: {shards: ["b-{0..3}.tar"], weight: 2}}, workers: 0}
-optimizer: {name: digrap, lr: 1.0e-4, betas: [0.9, 0.999], omega_lr: 0.5, normalization: row}
-schedule: {name: cosine, warmup_steps: 10}
-training: {steps: 100, batch_size: 4, clip_norm: 1.0, max_time: 3h50m, stop_signals: [SIGTERM]}
-sharding: {engine: deepspeed, zero: {stage: 2}}
-checkpoint: {every: 10, keep: 2, resume: auto}
-evaluation: {suites: {s: {shards: [s.tar], group: near, shift: vision}}}
-log: {every: 1, wandb_project: p}
-"""
-EVALUATE = b"""\
-out: /tmp/fuzz/out
-title: a title
-suites: {missing: allow, custom: {s: {shards: [s.tar], group: near, shift: vision}}}
-models: {zero: {path: a/b}, mine: {run: runs/mine, checkpoint: "100", alphas: [0.5, 1.0], seed: 1}}
-engine: {name: fsdp, timeout_s: 100.0}
-data: {cache_dir: cache, classes: [a, b]}
-batch_size: 4
-generation: {max_new_tokens: 8}
-baseline: zero
-leakage: {train: [a.tar]}
-shift: {train: [a.tar], model: zero}
-max_time: 10m
-"""
-LAUNCH = b"""\
-name: job
-nodes: 2
-hosts: [node0, node1]
-python: python
-workdir: /shared/code
-environment: {NCCL_DEBUG: WARN}
-rendezvous: {join_timeout_s: 600, keep_alive_interval_s: 5}
-ssh: {options: ["-p", "22"], connect_timeout_s: 3}
-deepspeed: {launcher: pdsh}
-slurm: {partition: gpu, time: "24:00:00", gpus_per_node: 8, extra: ["--constraint=a100"], array_seeds: [0, 1]}
-kubernetes: {kind: job, image: "i:latest", gpus: 8, shm: 16Gi, volumes: [{claim: c, path: /tmp}], node_selector: {a: b}}
-"""
-
-
-def _overrides(data: bytes, chance: random.Random) -> bytes:
-    """``key=value`` words, one a line, some of which nobody should write."""
-    keys = [
-        "run_dir",
-        "optimizer.lr",
-        "data.train",
-        "model.freeze",
-        "training.steps",
-        "data.mixture",
-        "checkpoint.resume",
-    ]
-    keys += [
-        "training",
-        "x",
-        "",
-        "a.b.c",
-        "optimizer.betas",
-        "model.prompt",
-        "evaluation.suites",
-        "training.max_time",
-        "[0]",
-    ]
-    values = [
-        "1",
-        "a",
-        "[a",
-        "{a: b",
-        "a: b: c",
-        "{a: [}",
-        "[a]",
-        "~",
-        "null",
-        "${x}",
-        "${oc.env:HOME}",
-        "'",
-        "@",
-        "`x`",
-    ]
-    values += [
-        "*a",
-        "&a b",
-        "!!python/name:os.system",
-        "1e5",
-        "007",
-        "2026_11_30",
-        "3:50:00",
-        "# x",
-        "x # y",
-        "é",
-        "\x1b[",
-    ]
-    words = [
-        f"{chance.choice(keys)}{chance.choice(('=', '=', '=', ':', '==', ''))}{chance.choice(values)}" for _ in range(2)
-    ]
-    return "\n".join(words).encode()
-
-
-def _words(folder: Path) -> list[str]:
-    path = folder / "overrides"
-    return path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-
-
-def read_train(folder: Path) -> None:
-    """``train CONFIG … --print-config``, and back; then the checks of a run."""
-    from scale_digrap.config import config_to_yaml, load_config, validate_for_training
-
-    config = load_config(folder / "train.yaml", _words(folder))
-    text = config_to_yaml(config)
-    text.encode()
-    (folder / "again.yaml").write_text(text, encoding="utf-8")
-    assert config_to_yaml(load_config(folder / "again.yaml")) == text, "what is printed does not read back"
-    validate_for_training(config)
-
-
-def read_evaluate(folder: Path) -> None:
-    """``evaluate CONFIG --print-config``, and back."""
-    from scale_digrap.evaluation.evaluate_config import evaluate_config_to_yaml, load_evaluate_config
-
-    text = evaluate_config_to_yaml(load_evaluate_config(folder / "evaluate.yaml"))
-    (folder / "again.yaml").write_text(text, encoding="utf-8")
-    assert evaluate_config_to_yaml(load_evaluate_config(folder / "again.yaml")) == text, "it does not read back"
-
-
-def read_launch(folder: Path) -> None:
-    """``launch --dry-run`` on every place."""
-    from scale_digrap.launch.cli import describe
-    from scale_digrap.launch.plan import make_plan
-    from scale_digrap.launch.spec import load_spec
-    from scale_digrap.launch.workload import Workload
-
-    spec = load_spec(folder / "launch.yaml")
-    workload = Workload("train", "/tmp/fuzz/train.yaml", ("training.steps=3",), Path("/tmp/fuzz/run"), "a: 1\n")
-    places = [("local", "torchrun"), ("hosts", "torchrun"), ("hosts", "deepspeed"), ("slurm", "torchrun")]
-    places += [("kubernetes", "torchrun")]
-    all_of(
-        *(
-            lambda place=place, launcher=launcher: describe(  # type: ignore[misc]
-                make_plan(spec, workload, place, launcher, {"PATH": "/bin"})
-            ).encode()
-            for place, launcher in places
-        )
-    )
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def results(folder: Path) -> Files:
-    """An evaluation of two methods on two suites, one of them with its predictions in a file of their own."""
-    from scale_digrap.evaluation.records import Record, SuiteResult
-    from scale_digrap.evaluation.results import Comparison, Method, MethodRun
-    from scale_digrap.evaluation.runs import write_atomically
-    from scale_digrap.evaluation.suites import Suite
-
-    methods = [Method(key="zero", label="Zero", family="base")]
-    methods.append(Method(key="mine", label="Mine", family="full", baseline="zero"))
-    suites = [
-        Suite(name="id", group="id", shift="none", metric="vqa/official", shards=("a.tar",)),
-        Suite(name="near", group="near", shift="vision", metric="vqa/official", shards=("b.tar",)),
-    ]
-    runs = []
-    for method in methods:
-        found = {}
-        for suite in suites:
-            records = [Record(f"{n}", "a", ["a", "b"], float(n % 2), "what", "other", f"i{n // 2}") for n in range(6)]
-            found[suite.name] = SuiteResult(suite.name, suite.metric, records, 1.0)
-        lines = [json.dumps({"index": n, **vars(record)}) for n, record in enumerate(found["near"].records)]
-        predictions = folder / "predictions" / method.key / "near.jsonl"
-        predictions.parent.mkdir(parents=True, exist_ok=True)
-        predictions.write_text("".join(line + "\n" for line in lines))
-        found["near"].predictions = str(predictions)
-        run = MethodRun(method=method.key, seed=0, suites=found, seconds={"train": 1.0, "evaluate": 1.0})
-        run.drift = {"layer": {"drift": 1.0, "relative_drift": 0.1}}
-        run.telemetry = [{"step": 1, "layers": {"layer": {"omega": 0.1, "conflict_rate": 0.5}}}]
-        run.provenance = {"checkpoint": "x", "template": {"prompt": "{question}"}, "generation": {"max_new_tokens": 4}}
-        run.save(folder / "runs")
-        runs.append(run)
-    comparison = Comparison(methods=methods, suites=suites, runs=runs, title="t", folder=folder)
-    write_atomically(folder / "results.json", json.dumps(comparison.to_json(folder)))
-    return taken(folder)
-
-
-def read_results(folder: Path) -> None:
-    """``report``: the tables and what is said beside them; the figures are drawn from the same."""
-    from rich.console import Console
-
-    from scale_digrap.evaluation.caveats import caveats
-    from scale_digrap.evaluation.compare import load
-    from scale_digrap.evaluation.tables import csv_table, markdown_table, rich_differences, rich_table
-
-    comparison = load([folder])
-    caveats(comparison)
-    console = Console(file=io.StringIO())
-    console.print(rich_table(comparison, console))
-    console.print(rich_differences(comparison))
-    markdown_table(comparison).encode()
-    csv_table(comparison).encode()
-    json.dumps(comparison.to_json(folder))
-
-
-def predictions(folder: Path) -> Files:
-    """A suite that two ranks were answering when they were killed."""
-    from scale_digrap.evaluation.predictions import PredictionFiles
-    from scale_digrap.evaluation.records import Record
-
-    files = PredictionFiles(folder, "s")
-    attempt = files.begin({"metric": "m", "step": 3, "generation": {"max_new_tokens": 4}})
-    for rank in range(2):
-        writer = files.writer(attempt, rank)
-        writer.write([(n, Record(f"{n}", "a", ["a"], 1.0)) for n in range(rank, 6, 2)])
-        writer.close()
-    return taken(folder)
-
-
-def read_parts(folder: Path) -> None:
-    """The evaluation that goes on."""
-    from scale_digrap.evaluation.predictions import PredictionFiles
-    from scale_digrap.evaluation.records import read_predictions
-
-    files = PredictionFiles(folder, "s")
-    files.check({"metric": "m", "step": 3, "generation": {"max_new_tokens": 4}})
-    done, _ = files.done()
-    assert len(done) <= 7
-    files.begin({"metric": "m"})
-    files.merge(6)
-    with contextlib.suppress(ValueError):  # `MethodRun.load` makes a line of it
-        assert len(read_predictions(files.merged)) == 6
-
+from tests.fuzz import mutate, run_readers, shard_readers
+from tests.fuzz.cases import Target
 
 TARGETS: dict[str, Target] = {
-    "tar headers": Target(shards, {r".*\.tar": mutate.mutated_tar}, read_shards, cost=2),
-    "shard indexes": Target(indexed, {r".*\.idx": mutate.mutated_index}, read_indexed, refuses=False),
-    "shard manifests": Target(indexed, {r"manifest\.json": mutate.mutated_json}, read_manifest),
-    "checkpoint manifests": Target(checkpoint, {r".*/manifest\.json": sealed}, read_checkpoint),
-    "trainer.json": Target(checkpoint, {r".*/trainer\.json": mutate.mutated_json}, read_checkpoint),
-    "checkpoint metadata": Target(
-        checkpoint, {r".*/state/(\.metadata|.*\.json)": mutate.mutated_bytes}, read_checkpoint
+    "tar headers": Target(shard_readers.shards, {r".*\.tar": mutate.mutated_tar}, shard_readers.read_shards, cost=2),
+    "shard indexes": Target(
+        shard_readers.indexed, {r".*\.idx": mutate.mutated_index}, shard_readers.read_indexed, refuses=False
     ),
-    "checkpoint tensors": Target(checkpoint, {r".*/state/.*\.distcp": mutate.mutated_bytes}, read_checkpoint, cost=5),
-    "logs": Target(logs, {r".*\.jsonl": mutate.mutated_lines}, read_logs),
-    "train configurations": Target(lambda _: {"train.yaml": TRAIN}, {r".*": mutate.mutated_yaml}, read_train, cost=2),
+    "shard manifests": Target(
+        shard_readers.indexed, {r"manifest\.json": mutate.mutated_json}, shard_readers.read_manifest
+    ),
+    "annotation files": Target(
+        shard_readers.annotations,
+        {r"[^/]*\.json": mutate.mutated_json, "list.txt": mutate.mutated_bytes},
+        shard_readers.read_annotations,
+        cost=4,
+    ),
+    "checkpoint manifests": Target(
+        run_readers.checkpoint, {r".*/manifest\.json": run_readers.sealed}, run_readers.read_checkpoint
+    ),
+    "trainer.json": Target(
+        run_readers.checkpoint, {r".*/trainer\.json": mutate.mutated_json}, run_readers.read_checkpoint
+    ),
+    "checkpoint metadata": Target(
+        run_readers.checkpoint, {r".*/state/(\.metadata|.*\.json)": mutate.mutated_bytes}, run_readers.read_checkpoint
+    ),
+    "checkpoint tensors": Target(
+        run_readers.checkpoint, {r".*/state/.*\.distcp": mutate.mutated_bytes}, run_readers.read_checkpoint, cost=5
+    ),
+    "logs": Target(run_readers.logs, {r".*\.jsonl": mutate.mutated_lines}, run_readers.read_logs),
+    "train configurations": Target(
+        lambda _: {"train.yaml": run_readers.TRAIN}, {r".*": mutate.mutated_yaml}, run_readers.read_train, cost=2
+    ),
     "overrides": Target(
-        lambda _: {"train.yaml": TRAIN, "overrides": b"optimizer.lr=1e-3"},
-        {"overrides": _overrides},
-        read_train,
+        lambda _: {"train.yaml": run_readers.TRAIN, "overrides": b"optimizer.lr=1e-3"},
+        {"overrides": run_readers.overrides},
+        run_readers.read_train,
         cost=2,
     ),
     "evaluate configurations": Target(
-        lambda _: {"evaluate.yaml": EVALUATE}, {r".*": mutate.mutated_yaml}, read_evaluate, cost=2
+        lambda _: {"evaluate.yaml": run_readers.EVALUATE},
+        {r".*": mutate.mutated_yaml},
+        run_readers.read_evaluate,
+        cost=2,
     ),
-    "launch files": Target(lambda _: {"launch.yaml": LAUNCH}, {r".*": mutate.mutated_yaml}, read_launch, cost=2),
+    "launch files": Target(
+        lambda _: {"launch.yaml": run_readers.LAUNCH}, {r".*": mutate.mutated_yaml}, run_readers.read_launch, cost=2
+    ),
     "results": Target(
-        results, {r".*\.jsonl": mutate.mutated_lines, r".*\.json": mutate.mutated_json}, read_results, cost=3
+        run_readers.results,
+        {r".*\.jsonl": mutate.mutated_lines, r".*\.json": mutate.mutated_json},
+        run_readers.read_results,
+        cost=3,
     ),
     "parts of predictions": Target(
-        predictions, {r".*\.jsonl": mutate.mutated_lines, r".*\.json": mutate.mutated_json}, read_parts
+        run_readers.predictions,
+        {r".*\.jsonl": mutate.mutated_lines, r".*\.json": mutate.mutated_json},
+        run_readers.read_parts,
     ),
 }

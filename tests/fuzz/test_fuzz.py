@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import guard
-from tests.fuzz.targets import TARGETS, TRAIN, Files, put
+from tests.fuzz.cases import Files, put
+from tests.fuzz.run_readers import TRAIN
+from tests.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.timeout(0)  # its alarm is the one of each case; guard.py has its own bounds
 
@@ -23,6 +25,7 @@ _SHOWN = 12
 _NOT_YET = {
     "shard indexes",
     "shard manifests",
+    "annotation files",
     "checkpoint manifests",
     "trainer.json",
     "checkpoint metadata",

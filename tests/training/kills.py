@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from scale_digrap.runtime.logs import scan_log
 from scale_digrap.training import manifest
-from scale_digrap.training.metrics import read_log
 from tests.training.killed_run import (
     AT_RESUME,
     AT_THE_END,
@@ -171,12 +171,12 @@ def _missing(folder: Path, losses: list[float]) -> Iterator[str]:
     if steps != [STEPS - 1, STEPS]:
         yield f"checkpoints of steps {steps}"
     every_step = list(range(1, STEPS + 1))
-    log = read_log(folder / "log.jsonl")
-    if [line["step"] for line in log] != every_step or [line["loss"] for line in log] != losses:
-        yield f"log.jsonl has steps {[line['step'] for line in log]}"
-    layers = [line["step"] for line in read_log(folder / "layers.jsonl")]
-    if layers != every_step:
-        yield f"layers.jsonl has steps {layers}"
+    for name in ("log.jsonl", "layers.jsonl"):
+        log = scan_log(folder / name)
+        if [line["step"] for line in log.records] != every_step or log.odd:
+            yield f"{name} has steps {[line['step'] for line in log.records]}, and {log.odd} odd lines"
+        if name == "log.jsonl" and [line["loss"] for line in log.records] != losses:
+            yield f"{name} has the losses {[line['loss'] for line in log.records]}"
     for name, key in (("DONE", "step"), ("summary.json", "steps")):
         if not (folder / name).is_file() or json.loads((folder / name).read_text())[key] != STEPS:
             yield f"{name} is not that of step {STEPS}"
