@@ -33,15 +33,20 @@ WORKDIR=${WORKDIR:-.}
 LOGS=${LOGS:-}  # default: RUN_DIR/logs; one file per rank in it
 START_ID=${START_ID:-$RUN_NAME.$$.$(date +%s)}  # by which the processes of this start are found on all hosts
 
+# Variables for every process: lines `export NAME=value` in a file that only you can read, since they may be tokens.
+ENVIRONMENT_FILE=${ENVIRONMENT_FILE:-}
+if [ -n "$ENVIRONMENT_FILE" ]; then
+  # shellcheck disable=SC1090
+  . "$ENVIRONMENT_FILE"
+fi
 export SCALE_DIGRAP_LAUNCH=$START_ID
 export PYTHONUNBUFFERED=1
 # Ranks that each start a thread per core stand in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Without it, a host that comes back after a failure takes the whole job down (torch 2.13).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 # Time for a checkpoint between torchrun's SIGTERM and its SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_WITHIN
-export NCCL_DEBUG=WARN
 # Two installations that share a folder of compiled operators would each build them anew.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${HOME:-/tmp}/.cache/torch_extensions/$RUN_NAME}
 
@@ -68,6 +73,12 @@ if [ "${#HOSTS[@]}" -eq 0 ]; then
   echo "$HOSTFILE names no host: write a line such as 'node0 slots=8' for each" >&2
   exit 2
 fi
+for HOST in "${HOSTS[@]}"; do
+  if ! [[ $HOST =~ ^[A-Za-z0-9_][A-Za-z0-9._:%@-]*$ ]]; then
+    echo "$HOSTFILE: '$HOST' is not the name or the address of a host" >&2
+    exit 2
+  fi
+done
 HOST0=${HOST0:-${HOSTS[0]}}
 read -ra SSH <<<"$SSH_OPTIONS"
 umask 077  # the environment may hold tokens
@@ -125,7 +136,7 @@ end_ranks() {  # SECONDS until they are killed
   fi
   for host in "${HOSTS[@]}"; do
     # Without the token: ssh would be one of the processes that are waited for.
-    env -u SCALE_DIGRAP_LAUNCH ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
+    env -u SCALE_DIGRAP_LAUNCH ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" -- "$host" \
       "cd $(printf %q "$PWD") && $(printf '%q ' "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1")" ||
       echo "$host: could not be asked whether processes of $START_ID are left there" >&2 &
     asked+=("$!")

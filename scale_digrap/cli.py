@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +17,12 @@ from pathlib import Path
 
 from scale_digrap import __version__
 from scale_digrap.errors import RunStopped, ScaleDigrapError
+from scale_digrap.runtime import console
+from scale_digrap.runtime.secrets import mask
+from scale_digrap.runtime.text import home, printable
 
 _GRACE_S = 3.0
+_OVERRIDE = re.compile(r"[A-Za-z_][^=\s]*=.*", re.DOTALL)
 TRAIN_EXAMPLES = """\
 examples:
   scale-digrap train configs/quickstart.yaml
@@ -41,15 +46,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    console.prepare(
+        outlives_readers="--print-config" not in arguments
+        and arguments[:1] in (["train"], ["evaluate"], ["quickstart"], ["launch"])
+    )
     try:
-        parsed = _parser(arguments).parse_args(arguments)
-        return int(parsed.run(parsed) or 0)
-    except ScaleDigrapError as error:
-        _report(error)
-        return error.exit_status
+        try:
+            _check_environment()
+            parsed = _parse(arguments)
+            status = int(parsed.run(parsed) or 0)
+            sys.stdout.flush()
+        except ScaleDigrapError as error:
+            _report(error)
+            status = error.exit_status
+        return status
+    except BrokenPipeError:  # `| head`: who reads has seen enough
+        console.give_up(sys.stdout)
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _check_environment() -> None:
+    """Launchers set these variables to numbers. One that is empty is one that is not set.
+
+    Raises:
+        ScaleDigrapError: one is something else.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if value is not None and not value.strip():
+            del os.environ[name]
+        elif value is not None and not (value.isascii() and value.strip().isdecimal()):
+            raise ScaleDigrapError(f"the variable {name}={value!r} is not a number: unset it, or start under torchrun")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parsed arguments. ``key=value`` may stand anywhere, and ``~`` is expanded in every path."""
+    parser = _parser(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    given = [word for word in others if _OVERRIDE.fullmatch(word)]
+    if len(given) < len(others) or (given and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in others if word not in given) or given[0]}")
+    if given:
+        parsed.overrides = [*parsed.overrides, *given]
+    for name, value in vars(parsed).items():
+        if isinstance(value, Path):
+            setattr(parsed, name, Path(home(str(value))))
+        elif isinstance(value, list) and any(isinstance(item, Path) for item in value):
+            setattr(parsed, name, [Path(home(str(item))) if isinstance(item, Path) else item for item in value])
+    return parsed
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -205,10 +252,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _start_logging() -> None:
-    """Rank 0 tells what happens, the others only what goes wrong."""
-    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    """Rank 0 tells what happens, the others only what goes wrong; passwords of URLs are told by none."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Masked("%(message)s"))
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, handlers=[handler])
     for noisy in ("httpx", "torch", "deepspeed", "DeepSpeed", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
 
 
 def _write_easy_vqa(arguments: argparse.Namespace) -> int:
@@ -232,11 +286,12 @@ def _report(error: ScaleDigrapError) -> None:
     if rank:
         time.sleep(_GRACE_S)
     where = f" on rank {rank}" if rank else ""
-    print(f"scale-digrap: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"scale-digrap: error{where}: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    value = os.environ.get("RANK", "").strip()
+    return int(value) if value.isascii() and value.isdecimal() else 0
 
 
 if __name__ == "__main__":

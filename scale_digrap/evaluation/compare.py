@@ -40,12 +40,12 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console()
     for caveat in caveats(comparison):
         style = "bold red" if caveat.serious else "yellow"
-        console.print(f"[{style}]{caveat.title}.[/] ", end="")
+        console.print(f"{caveat.title}. ", style=style, markup=False, highlight=False, end="")
         console.print(caveat.text, markup=False, highlight=False)
     console.print()
     console.print(rich_table(comparison, console))
     console.print(rich_differences(comparison))
-    console.print(f"\n[bold]{page}[/]", soft_wrap=True)
+    console.print(f"\n{page}", style="bold", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -41,6 +41,7 @@ STYLE: Any = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # labels are people's own words, in which a $ is a $
 }
 HUES = {"base": "Greys", "full": "Blues", "lora": "Oranges"}
 MARKERS = "osD^vPX*<>"
@@ -100,11 +101,18 @@ def method_colours(methods: Sequence[Method]) -> dict[str, Any]:
     return colours
 
 
+def plot_label(text: str) -> str:
+    """A label that a plot takes: of those that begin with ``_`` it would show nothing, and long ones fill it."""
+    text = text if len(text) <= 60 else text[:59] + "…"
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def legend(figure: Figure, handles: Iterable[Any], labels: Sequence[str]) -> None:
     """Below the axes, in as many columns as there is room for."""
+    labels = [plot_label(label) for label in labels]
     longest = max((len(label) for label in labels), default=1)
     columns = max(1, min(6, len(labels), int(figure.get_size_inches()[0] / (0.5 + 0.075 * longest))))
-    figure.legend(list(handles), list(labels), loc="outside lower center", ncols=columns, fontsize=8.5)
+    figure.legend(list(handles), labels, loc="outside lower center", ncols=columns, fontsize=8.5)
 
 
 def markers(methods: Sequence[Method]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from scale_digrap.evaluation.figures import HUES, STYLE, legend
+from scale_digrap.evaluation.figures import HUES, STYLE, legend, plot_label
 from scale_digrap.evaluation.results import Comparison, Method, MethodRun, finite
 
 _MATRIX_LIMIT = 60
@@ -52,7 +52,7 @@ def layers_over_time(method: Method, run: MethodRun) -> Figure:
         _label_rows(left, names, np.arange(len(names)) + 0.5)
         left.invert_yaxis()
         note = f" · {hidden} norms and biases not shown" if hidden else ""
-        figure.suptitle(f"{method.label}, seed {run.seed}{note}", fontsize=10, x=0.01, ha="left")
+        figure.suptitle(f"{plot_label(method.label)}, seed {run.seed}{note}", fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -90,7 +90,7 @@ def drift(comparison: Comparison, methods: Sequence[Method]) -> Figure:
                 facecolors="none" if hollow else colours[method.key],
                 edgecolors=colours[method.key],
                 linewidths=1.2 if hollow else 0.4,
-                label=method.label,
+                label=plot_label(method.label),
                 zorder=2,
             )
         positive = [value for name in names for value in means[name].values() if value > 0]

@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from scale_digrap.evaluation.caveats import metrics
-from scale_digrap.evaluation.figures import INK, MUTED, STYLE, error_bars, legend, markers, method_colours, padded
+from scale_digrap.evaluation.figures import (
+    INK,
+    MUTED,
+    STYLE,
+    error_bars,
+    legend,
+    markers,
+    method_colours,
+    padded,
+    plot_label,
+)
 from scale_digrap.evaluation.layer_plots import drift, layers_over_time
 from scale_digrap.evaluation.results import Column, Comparison, Method
 from scale_digrap.evaluation.shift_accuracy import SPACES, suite_points
@@ -165,7 +175,7 @@ def id_against_ood(comparison: Comparison, columns: list[Column]) -> Figure | No
                     ]
                     for name, cell in (("x", a), ("y", b))
                 }
-                handles[method.label] = axis.errorbar(
+                handles[plot_label(method.label)] = axis.errorbar(
                     x, y, **error, fmt=marks[method.key], markersize=7, color=colours[method.key], elinewidth=1,
                     markerfacecolor="none" if method.variant_of else colours[method.key], markeredgewidth=1.3, zorder=2,
                 )  # fmt: skip
@@ -215,7 +225,7 @@ def wise_curve(comparison: Comparison, columns: list[Column]) -> Figure | None:
                 )
                 axis.plot(
                     alphas, [100 * cell.mean for _, cell in points], color=colours[column.group], marker="o",
-                    markersize=4, label=_title(column),
+                    markersize=4, label=plot_label(_title(column)),
                 )  # fmt: skip
             axis.grid()
             axis.set_xlim(-0.04, 1.04)
@@ -252,7 +262,7 @@ def shift_against_accuracy(comparison: Comparison) -> Figure | None:
                     marks[method.key],
                     color=colours[method.key],
                     markersize=6,
-                    label=method.label,
+                    label=plot_label(method.label),
                     linestyle="none",
                 )
                 for (name, x, _), y in zip(points, ys, strict=True):
@@ -308,7 +318,8 @@ def _chains(comparison: Comparison) -> list[list[Method]]:
 
 
 def _title(column: Column) -> str:
-    return f"{column.heading}, mean of {len(column.suites)}" if column.is_average else column.heading
+    heading = plot_label(column.heading)
+    return f"{heading}, mean of {len(column.suites)}" if column.is_average else heading
 
 
 def _score_label(comparison: Comparison) -> str:
@@ -317,6 +328,6 @@ def _score_label(comparison: Comparison) -> str:
 
 def _bar_label(comparison: Comparison, column: Column) -> str:
     if column.is_average:
-        return f"{column.heading}\nmean of {len(column.suites)}"
+        return f"{plot_label(column.heading)}\nmean of {len(column.suites)}"
     count = comparison.questions(column.suites[0])
-    return f"{column.heading}\n" + (f"n = {count:,}" if count is not None else "missing")
+    return f"{plot_label(column.heading)}\n" + (f"n = {count:,}" if count is not None else "missing")

@@ -38,7 +38,7 @@ from scale_digrap.evaluation.statistics import (
     units,
 )
 from scale_digrap.evaluation.suites import Suite
-from scale_digrap.runtime.text import TextError, read_json
+from scale_digrap.runtime.text import TextError, printable, read_json
 from scale_digrap.runtime.typed import fits, structured
 
 __all__ = [
@@ -53,6 +53,15 @@ __all__ = [
     "finite",
     "write_atomically",
 ]
+
+
+def _label(text: str) -> str:
+    """A heading on one line, cut where it would fill a page."""
+    line = printable(" ".join(text.split(" "))).replace("\n", "\\n")
+    return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…"
+
+
+_LONGEST_LABEL = 100
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,13 @@ class Comparison:
     """Where it was loaded from."""
 
     def __post_init__(self) -> None:
+        # People's own words: shown as text, in places that a control character or a lone surrogate would break.
+        self.title = printable(self.title)
+        self.methods = [dataclasses.replace(one, label=_label(one.label)) for one in self.methods]
+        self.suites = [
+            dataclasses.replace(one, title=_label(one.title), description=printable(one.description))
+            for one in self.suites
+        ]
         self._scores_cache: dict[tuple[str, str], _Scores | None] = {}
         self._bootstrap_cache: dict[tuple[str, str], np.ndarray] = {}
         self._difference_cache: dict[tuple[str, str, str], Paired | None] = {}

@@ -259,7 +259,8 @@ def _commit() -> str | None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or the next run after a kill, sees it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
+    # A lone surrogate, of a file's name for example, is written as an escape, which JSON has too.
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

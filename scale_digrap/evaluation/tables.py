@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,11 +85,12 @@ def rich_table(comparison: Comparison, console: Console) -> Table:
 
 def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) -> Table:
     more = " Intervals, warnings" + (" and every suite" if narrow else "") + ": table.md and report.html."
-    table = Table(title=comparison.title or None, caption=" ".join(notes(comparison)) + more, caption_justify="left")
+    title = Text(comparison.title) if comparison.title else None
+    table = Table(title=title, caption=Text(" ".join(notes(comparison)) + more), caption_justify="left")
     table.add_column("Method")
     for column in columns:
         style = "cyan" if column.is_average else None
-        table.add_column(column.heading + mark(comparison, column), justify="right", style=style)
+        table.add_column(Text(column.heading + mark(comparison, column)), justify="right", style=style)
     family = None
     for method in comparison.methods:
         if family is not None and family != method.family:
@@ -100,7 +102,7 @@ def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) 
             text = figure_text(comparison, method.key, column).replace(" ± ", "±").replace("incomplete ", "")
             cell = comparison.table[method.key][column.key]
             texts.append(f"[bold]{text}[/]" if cell and cell.best else text)
-        table.add_row(method.label, *texts)
+        table.add_row(Text(method.label), *texts)
     table.add_section()
     table.add_row("Questions", *(question_text(comparison, column) for column in columns), style="dim")
     return table
@@ -108,10 +110,10 @@ def _rich_table(comparison: Comparison, columns: list[Column], *, narrow: bool) 
 
 def markdown_table(comparison: Comparison) -> str:
     """Warnings, the table with intervals, its notes and the paired differences, in Markdown."""
-    lines = [f"# {comparison.title}", ""] if comparison.title else []
-    lines += [f"> **{caveat.title}.** {caveat.text}  " for caveat in caveats(comparison)]
+    lines = [f"# {_plain(comparison.title)}", ""] if comparison.title else []
+    lines += [f"> **{_plain(caveat.title)}.** {_plain(caveat.text)}  " for caveat in caveats(comparison)]
     shown = comparison.columns
-    lines += ["", _row(["Method", *(heading(column) + mark(comparison, column) for column in shown)])]
+    lines += ["", _row(["Method", *(_plain(heading(column)) + mark(comparison, column) for column in shown)])]
     lines.append(_row(["---", *("---:" for _ in shown)]))
     for method in comparison.methods:
         texts = []
@@ -120,16 +122,16 @@ def markdown_table(comparison: Comparison) -> str:
             if cell:
                 text = f"{f'**{text}**' if cell.best else text} {interval_text(cell.interval)}"
             texts.append(text)
-        lines.append(_row([method.label, *texts]))
+        lines.append(_row([_plain(method.label), *texts]))
     lines.append(_row(["*Questions*", *(f"*{question_text(comparison, column)}*" for column in shown)]))
-    lines += ["", *(f"{note}  " for note in notes(comparison))]
+    lines += ["", *(f"{_plain(note)}  " for note in notes(comparison))]
     columns, rows = differences(comparison)
     if rows:
-        lines += ["", _row(["Difference", *(column.heading for column in columns)])]
+        lines += ["", _row(["Difference", *(_plain(column.heading) for column in columns)])]
         lines.append(_row(["---", *("---:" for _ in columns)]))
         for row in rows:
             texts = [f"**{cell.text}** ({cell.p})" if cell.sign else f"{cell.text} ({cell.p})" for cell in row.cells]
-            lines.append(_row([row.label, *(text.replace(" ()", "") for text in texts)]))
+            lines.append(_row([_plain(row.label), *(text.replace(" ()", "") for text in texts)]))
         lines += ["", DIFFERENCES_NOTE]
     return "\n".join(lines).lstrip("\n") + "\n"
 
@@ -152,10 +154,10 @@ def csv_table(comparison: Comparison) -> str:
             writer.writerow(
                 [
                     method.key,
-                    method.label,
+                    _csv_text(method.label),
                     len(comparison.runs_of(method.key)),
-                    column.key,
-                    column.heading,
+                    _csv_text(column.key),
+                    _csv_text(column.heading),
                     column.group,
                     len(column.suites),
                     comparison.present(method.key, column),
@@ -267,10 +269,10 @@ def rich_differences(comparison: Comparison) -> Table:
     table = Table(caption=DIFFERENCES_NOTE, caption_justify="left")
     table.add_column("Difference")
     for column in shown:
-        table.add_column(column.heading, justify="right")
+        table.add_column(Text(column.heading), justify="right")
     styles = {1: "bold green", -1: "bold red", 0: ""}
     for row in rows:
-        table.add_row(row.label, *(Text(c.text.replace(" ± ", "±"), style=styles[c.sign]) for c in row.cells))
+        table.add_row(Text(row.label), *(Text(c.text.replace(" ± ", "±"), style=styles[c.sign]) for c in row.cells))
     return table
 
 
@@ -282,6 +284,22 @@ def summary_columns(comparison: Comparison) -> list[Column]:
         if column.is_average
         or sum((c.group, c.benchmark) == (column.group, column.benchmark) for c in comparison.columns) == 1
     ]
+
+
+_MARKUP = re.compile(r"[\\`*_\[\]<>|#~$]")
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown shows it: no emphasis, link, HTML, formula or end of a cell in it."""
+    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), text.replace("\n", " "))
+
+
+_ENTITIES = {"<": "&lt;", ">": "&gt;"}
+
+
+def _csv_text(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from scale_digrap.launch.plan import (
-    ENVIRONMENT_FILE,
     NodeContext,
     Plan,
     make_plan,
@@ -19,6 +18,8 @@ from scale_digrap.launch.plan import (
 )
 from scale_digrap.launch.spec import LAUNCHERS, PLACES, LaunchError, load_spec
 from scale_digrap.launch.workload import COMMANDS, load_workload
+from scale_digrap.runtime.secrets import mask
+from scale_digrap.runtime.text import home
 
 EXAMPLES = """\
 examples:
@@ -82,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ScaleDigrapError: anything wrong that can be told before something is started.
     """
-    config, overrides = arguments.config, list(arguments.overrides)
+    config, overrides = arguments.config and home(arguments.config), list(arguments.overrides)
     if arguments.command == "quickstart":
         config, overrides = "", [*([config] if config else []), *overrides]
     elif config is None:
@@ -115,9 +116,8 @@ def describe(plan: Plan) -> str:
     """Every file of a plan and every command, as they would be written and run. Values of secrets are left out."""
     parts = []
     for name, text in plan.files.items():
-        shown = masked(text) if name == ENVIRONMENT_FILE else text
         place = name if plan.place == "kubernetes" else plan.folder / name  # a manifest is not written anywhere
-        parts.append(f"# ===== {place}\n{shown}")
+        parts.append(f"# ===== {place}\n{masked(name, text)}")
     if plan.launcher == "deepspeed" and "hostfile" not in plan.files:
         parts.append(
             f"# ===== {plan.folder / 'hostfile'}\n# a line per host: NAME slots=GPUS, or 2 where it has none\n"
@@ -127,5 +127,5 @@ def describe(plan: Plan) -> str:
     else:
         hosts = [None] if not plan.hosts or plan.pdsh else plan.hosts
         commands = [str(node_command(plan, NodeContext(rank, host, "START_ID"))) for rank, host in enumerate(hosts)]
-    parts.append("# ===== commands\n" + "".join(f"{command}\n" for command in commands))
+    parts.append("# ===== commands\n" + "".join(f"{mask(command)}\n" for command in commands))
     return "\n".join(parts)

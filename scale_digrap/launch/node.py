@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.launch.workload import COMMANDS, load_workload
+from scale_digrap.runtime import console
 from scale_digrap.runtime.files import write_whole
 
 TOKEN = "SCALE_DIGRAP_LAUNCH"
@@ -50,6 +51,7 @@ class Process:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 2 with one line on stderr where something is wrong."""
+    console.prepare()
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)

@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from scale_digrap.launch.render import render
-from scale_digrap.launch.spec import LaunchConfig, LaunchError
+from scale_digrap.launch.render import render, shell_word
+from scale_digrap.launch.spec import LaunchConfig, LaunchError, check_host
 from scale_digrap.launch.workload import Workload
+from scale_digrap.runtime.secrets import MASK, is_secret_key, mask
+from scale_digrap.runtime.text import TextError, read_text
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+_LOOKS_SECRET = re.compile(r"^['\"]?(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox|AKIA|eyJ)\w")
+"""Beginnings of well-known tokens, for variables whose name says nothing."""
 _FOLDER = "launch"
 """In ``run_dir``: the scripts of the last start."""
 
 ENVIRONMENT_FILE = "environment"
+SECRET_FILE = "secret.yaml"
 _ALIVE_S = 15
 
 
@@ -105,7 +109,9 @@ def make_plan(
         workload = replace(workload, overrides=(*workload.overrides, "--nproc", spec.processes_per_node))
     if hosts:
         spec = replace(spec, hosts=list(hosts), hostfile=None)
-    spec = replace(spec, environment=dict(spec.environment))
+    # A configuration that names variables is read again by every rank.
+    named = re.findall(r"\$\{oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)", workload.resolved)
+    spec = replace(spec, environment=dict(spec.environment), carry=list(dict.fromkeys([*spec.carry, *named])))
     names = {
         "local": f"{launcher}.sh",
         "hosts": f"{launcher}.sh",
@@ -120,11 +126,14 @@ def make_plan(
         rendered = replace(spec, preflight=False)
     else:
         rendered = spec
-    files = {Path(name).name: render(name, rendered, workload)}
+    lines = carried(spec, environment) if place == "hosts" else dict(sorted(spec.environment.items()))
+    environment_file = str((workload.run_dir / _FOLDER / ENVIRONMENT_FILE).absolute())
+    files = {Path(name).name: render(name, rendered, workload, environment_file if lines else "")}
     plan = Plan(spec, workload, place, launcher, hosts, files)
-    if place == "hosts":
-        lines = carried(spec, environment)
-        files[ENVIRONMENT_FILE] = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in lines.items())
+    if lines and place == "kubernetes":
+        files[SECRET_FILE] = render(f"kubernetes/{SECRET_FILE}", rendered, workload)
+    elif lines or place == "hosts":
+        files[ENVIRONMENT_FILE] = "".join(f"export {key}={shell_word(value)}\n" for key, value in lines.items())
     if launcher == "deepspeed" and spec.processes_per_node != "auto":
         files["hostfile"] = hostfile(plan, {})
     return plan
@@ -171,7 +180,7 @@ def ssh(spec: LaunchConfig, host: str, remote: str) -> Command:
         "ServerAliveCountMax=3",
     )
     options = [word for setting in settings for word in ("-o", setting)]
-    return Command(["ssh", "-n", *options, *spec.ssh.options, host, remote])
+    return Command(["ssh", "-n", *options, *spec.ssh.options, "--", host, remote])
 
 
 def submit_command(plan: Plan) -> Command:
@@ -192,13 +201,22 @@ def carried(spec: LaunchConfig, environment: Mapping[str, str]) -> dict[str, str
     return dict(sorted({**found, **spec.environment}.items()))
 
 
-def masked(text: str) -> str:
-    """An environment file without the values of what looks like a secret."""
-    lines = []
+def masked(name: str, text: str) -> str:
+    """A file of a plan as it may be shown: without the values of secret variables, and the passwords of URLs.
+
+    Args:
+        name: of the file.
+        text: its content.
+    """
+    if name not in (ENVIRONMENT_FILE, SECRET_FILE):
+        return mask(text)
+    shown = []
     for line in text.splitlines():
-        name, equals, _ = line.partition("=")
-        lines.append(f"{name}=***" if equals and _SECRET.search(name) else line)
-    return "".join(f"{line}\n" for line in lines)
+        found = re.fullmatch(r"(?P<start>export |  \")(?P<name>\w+)(?P<middle>=|\": )(?P<value>.*)", line)
+        if found and (is_secret_key(found["name"]) or _LOOKS_SECRET.match(found["value"])):
+            line = f"{found['start']}{found['name']}{found['middle']}{MASK}"
+        shown.append(mask(line))
+    return "".join(f"{line}\n" for line in shown)
 
 
 def _hosts(spec: LaunchConfig) -> tuple[str, ...]:
@@ -215,10 +233,13 @@ def _hosts(spec: LaunchConfig) -> tuple[str, ...]:
 
 def _read_hostfile(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise LaunchError(f"hostfile: cannot read {path} ({error.strerror})") from None
-    return [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        lines = read_text(path, 1 << 20).splitlines()
+    except TextError as error:
+        raise LaunchError(f"hostfile: {error}") from None
+    names = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for name in names:
+        check_host(name, f"hostfile {path}")
+    return names
 
 
 def _check(spec: LaunchConfig, workload: Workload, place: str, launcher: str, hosts: Sequence[str]) -> None:
@@ -229,6 +250,8 @@ def _check(spec: LaunchConfig, workload: Workload, place: str, launcher: str, ho
                 f"--with deepspeed --on {place}: the deepspeed launcher needs ssh between hosts (its slurm launcher "
                 f"starts ranks without RANK, and needs mpi4py); use --with torchrun, which runs ZeRO as well"
             )
+        if place == "hosts" and spec.deepspeed.launcher == "pdsh" and any(" " in word for word in spec.ssh.options):
+            raise LaunchError("ssh.options: pdsh cannot carry an option with spaces: put it into ~/.ssh/config")
         if least != most:
             raise LaunchError(
                 f"nodes: {spec.nodes} with the deepspeed launcher, which cannot lose a host: use torchrun"

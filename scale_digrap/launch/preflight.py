@@ -34,6 +34,7 @@ from scale_digrap.launch.verdict import (
     judge_clocks,
     judge_links,
 )
+from scale_digrap.runtime import console
 
 JOIN_S = 120.0
 SCHEDULERS = ("hosts", "slurm", "kubernetes")
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 where anything was found that would stop or cripple the run.
     """
+    console.prepare()
     arguments = _parser().parse_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)

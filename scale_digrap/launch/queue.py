@@ -111,7 +111,8 @@ def _stop_slurm(plan: Plan, job: str, states: list[str], folders: list[Path], as
 
 def _kubernetes(plan: Plan, follow: bool) -> int:
     spec = plan.spec.kubernetes
-    manifest = next(iter(plan.files.values()))  # not into run_dir, which need not be reachable from here
+    # Not into run_dir, which need not be reachable from here; a Secret comes first, and only through the pipe.
+    manifest = "---\n".join(reversed(plan.files.values()))
     namespace = ["--namespace", spec.namespace] if spec.namespace else []
     kubectl = ["kubectl", *namespace]
     print(_client(submit_command(plan).argv, "kubectl refused the manifest", given=manifest), end="")

@@ -6,6 +6,7 @@ The templates are the scripts themselves, with the values of their settings left
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from functools import cache
 from pathlib import Path
@@ -15,18 +16,22 @@ import jinja2
 
 from scale_digrap.launch.spec import LaunchConfig
 from scale_digrap.launch.workload import Workload
+from scale_digrap.runtime.text import has_surrogates, unfit
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS = ("job", "jobset", "trainjob")
 
 
-def render(name: str, spec: LaunchConfig, workload: Workload) -> str:
-    """One of the templates, filled in.
+def render(name: str, spec: LaunchConfig, workload: Workload, environment_file: str = "") -> str:
+    """One of the templates, filled in. Values of ``spec.environment`` are in none of them but ``secret.yaml``.
 
     Args:
-        name: ``torchrun.sh``, ``deepspeed.sh``, ``slurm.sbatch`` or ``kubernetes/{job,jobset,trainjob}.yaml``.
+        name: ``torchrun.sh``, ``deepspeed.sh``, ``slurm.sbatch``, ``kubernetes/{job,jobset,trainjob}.yaml`` or
+            ``kubernetes/secret.yaml``.
+        environment_file: what the scripts read variables from, a file with lines ``export NAME=value``.
     """
-    return _environment().get_template(name).render(values(spec, workload)) + "\n"
+    filled = {**values(spec, workload), "environment_file": environment_file}
+    return _environment().get_template(name).render(filled) + "\n"
 
 
 def values(spec: LaunchConfig, workload: Workload) -> dict[str, Any]:
@@ -102,6 +107,33 @@ def _kubernetes(spec: LaunchConfig) -> dict[str, Any]:
     }
 
 
+_SBATCH_PLAIN = re.compile(r"[A-Za-z0-9_./:%=@+,^~\[\]-]+")
+_KUBELET = re.compile(r"\$(?=\([^()\s]+\))|\$(?=\$)|(?<=\$)\$")
+"""Of a command, the kubelet replaces ``$(NAME)``, and makes ``$`` of ``$$``."""
+
+
+def shell_word(text: str) -> str:
+    """Text as one word of bash on one line, whatever is in it."""
+    if unfit(text) is None:
+        return shlex.quote(text)
+    data = text.encode("utf-8", "surrogateescape" if has_surrogates(text) else "strict")
+    return "$'" + "".join(chr(one) if chr(one).isalnum() and one < 128 else f"\\x{one:02x}" for one in data) + "'"
+
+
+def sbatch_word(value: Any) -> str:
+    """A value on a line ``#SBATCH``, which sbatch reads with quotes and backslashes of its own."""
+    text = str(value)
+    if _SBATCH_PLAIN.fullmatch(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _sbatch_option(text: str) -> str:
+    """``--name=value``, ``--name value`` or ``-n value``: the value may hold spaces."""
+    name, _, value = text.partition(" ")
+    return sbatch_word(text) if "=" in name or not value else f"{sbatch_word(name)} {sbatch_word(value.strip())}"
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -111,6 +143,10 @@ def _environment() -> jinja2.Environment:
         comment_start_string="<#",  # "{#" is how bash counts
         comment_end_string="#>",
     )
-    environment.filters["sh"] = lambda value: shlex.quote(str(value)) if str(value) else ""
+    environment.filters["sh"] = lambda value: shell_word(str(value)) if str(value) else ""
+    environment.filters["word"] = lambda value: shell_word(str(value))
+    environment.filters["sbatch"] = sbatch_word
+    environment.filters["sbatch_option"] = _sbatch_option
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)  # JSON is YAML, quoting and all
+    environment.filters["kubelet"] = lambda value: _KUBELET.sub(lambda found: found[0] * 2, value)
     return environment

@@ -17,8 +17,9 @@ from typing import IO, Any
 from scale_digrap.launch import hosts
 from scale_digrap.launch.follow import Failure, Progress, diagnose, last_line, outcome, start_stamp
 from scale_digrap.launch.node import check_port, gpu_count
-from scale_digrap.launch.plan import ENVIRONMENT_FILE, NodeContext, Plan, hostfile, node_command
+from scale_digrap.launch.plan import NodeContext, Plan, hostfile, node_command
 from scale_digrap.launch.spec import LaunchError
+from scale_digrap.runtime.files import write_whole
 from scale_digrap.runtime.lock import holder
 
 STOPPED_STATUS = 75
@@ -80,7 +81,8 @@ def start(plan: Plan) -> int:
 
 
 def write_files(plan: Plan) -> None:
-    """The scripts of this start, in ``run_dir/launch``. The environment may hold tokens: its file is the user's alone.
+    """The scripts of this start, in ``run_dir/launch``. All are the user's alone: the environment may hold tokens, and
+    overrides URLs with a password.
 
     Raises:
         LaunchError: the folder cannot be written.
@@ -88,10 +90,7 @@ def write_files(plan: Plan) -> None:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for name, text in plan.files.items():
-            path = plan.folder / name
-            path.unlink(missing_ok=True)
-            path.touch(0o600 if name == ENVIRONMENT_FILE else 0o644)
-            path.write_text(text, encoding="utf-8")
+            write_whole(plan.folder / name, text, 0o600)
     except OSError as error:
         raise LaunchError(f"cannot write {plan.folder} ({error.strerror}): set run_dir to a folder that can") from None
 

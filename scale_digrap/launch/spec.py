@@ -3,6 +3,7 @@
 Dataclasses of which :mod:`scale_digrap.settings` makes the schema.
 """
 
+import dataclasses
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.runtime.text import printable, unfit
 from scale_digrap.settings import PathText, read_structured, read_yaml, suggest
 
 PLACES = ("local", "hosts", "slurm", "kubernetes")
@@ -275,14 +277,15 @@ def validate_spec(spec: LaunchConfig) -> None:
     Raises:
         LaunchError: naming the first key that is wrong.
     """
+    _check_text(spec, "")
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", spec.name):
         raise LaunchError(
             f"name must be lower-case letters, digits and '-', begin with a letter and have at most 52 characters, got "
             f"{spec.name!r}"
         )
-    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", spec.nodes) or spec.node_range[0] > spec.node_range[1]:
+    if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", spec.nodes) or spec.node_range[0] > spec.node_range[1]:
         raise LaunchError(f"nodes must be a number, or min:max such as 2:4, got {spec.nodes!r}")
-    if not re.fullmatch(r"auto|[1-9]\d*", spec.processes_per_node):
+    if not re.fullmatch(r"auto|[1-9][0-9]*", spec.processes_per_node):
         raise LaunchError(f"processes_per_node must be auto or a number above 0, got {spec.processes_per_node!r}")
     launcher = spec.deepspeed.launcher
     if launcher in BROKEN_LAUNCHERS:
@@ -307,12 +310,12 @@ def validate_spec(spec: LaunchConfig) -> None:
         raise LaunchError("hosts and hostfile are both given: remove one of them")
     if len(set(spec.hosts)) != len(spec.hosts):
         raise LaunchError(f"hosts names one host twice: {', '.join(spec.hosts)}")
-    for key, value in spec.environment.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", key):
+    for host in spec.hosts:
+        check_host(host, "hosts")
+    for key in spec.environment:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise LaunchError(f"environment: {key!r} is no name of a variable")
-        if "\n" in value:
-            raise LaunchError(f"environment.{key} holds a line break, which deepspeed cannot carry: put it into a file")
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", spec.slurm.time):
+    if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", spec.slurm.time):
         raise LaunchError(f"slurm.time must be as Slurm writes it, such as 24:00:00 or 2-0, got {spec.slurm.time!r}")
     for option in spec.slurm.extra:
         if not option.startswith("-"):
@@ -323,6 +326,34 @@ def validate_spec(spec: LaunchConfig) -> None:
                 f"kubernetes.volumes: each needs claim (a PersistentVolumeClaim) and path (absolute), got "
                 f"claim={volume.claim!r}, path={volume.path!r}"
             )
+
+
+def check_host(name: str, where: str) -> None:
+    """Raises:
+    LaunchError: neither a name nor an address of a host; one that begins with ``-`` would be an option of ssh."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:%@-]{0,254}", name):
+        raise LaunchError(f"{where}: {printable(repr(name)[1:-1])!r} is not the name or the address of a host")
+
+
+def _check_text(value: Any, path: str) -> None:
+    """Refuse control characters in every string: they would be lines of scripts and manifests.
+
+    Raises:
+        LaunchError: the first key with one.
+    """
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, str) and (what := unfit(value)) is not None:
+        hint = ": put the value into a file" if path.startswith("environment.") else ": remove it"
+        raise LaunchError(f"{path} holds {what}, which no script can carry{hint}")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if unfit(str(name)) is not None:
+                raise LaunchError(f"{path}: {str(name)!r} is not a name: it holds {unfit(str(name))}")
+            _check_text(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_text(item, f"{path}[{number}]")
 
 
 _LEAST = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scale_digrap.config import load_config, validate_for_training
 from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.runtime.text import home
+from scale_digrap.runtime.text import home, unfit
 from scale_digrap.settings import complete, to_yaml
 
 COMMANDS = ("train", "evaluate", "quickstart")
@@ -47,7 +47,14 @@ def load_workload(command: str, config: str | Path, overrides: Sequence[str] = (
     Raises:
         ScaleDigrapError: what the command itself would refuse.
     """
-    config = home(str(config))
+    workload = _load(command, home(str(config)), overrides)
+    for what, value in (("the path of the configuration", workload.config), ("its folder", str(workload.run_dir))):
+        if (found := unfit(value)) is not None:
+            raise WorkloadError(f"{what} holds {found}, which no script can carry: {value!r}")
+    return workload
+
+
+def _load(command: str, config: str, overrides: Sequence[str]) -> Workload:
     if command == "quickstart":
         return Workload(command, "", tuple(overrides), _quickstart_folder(overrides), "")
     if command == "evaluate":

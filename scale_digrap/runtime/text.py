@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MAX_TEXT_BYTES = 1 << 30
 MAX_JSON_DEPTH = 64
 """Deepest nesting of JSON from outside; real files use less than ten levels."""
 
+_UNFIT = frozenset("\ufeff\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A string without an end goes to the end of the text: were it no match, every quote in it would be tried anew.
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
@@ -144,6 +146,16 @@ def printable(text: str) -> str:
     return "".join(
         one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
     )
+
+
+def unfit(text: str) -> str | None:
+    """What in a string does not belong into a name, a path or a line of a script, or ``None``: control characters
+    (line breaks among them), lone surrogates, what separates lines or turns the direction of text."""
+    for one in text:
+        if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") or one in _UNFIT or ord(one) & 0xFFFE == 0xFFFE:
+            name = {"\n": "a line break", "\r": "a carriage return", "\t": "a tab", "\0": "a NUL byte"}.get(one)
+            return name or f"the control character {one.encode('unicode_escape').decode('ascii')}"
+    return None
 
 
 def one_line(error: BaseException | str, limit: int = 500) -> str:

@@ -97,6 +97,8 @@ def test_dry_run_prints_what_is_shipped(launch, place, file):
     status, out, _ = launch(*arguments, config=config)
     assert status == 0
     shipped = next(SHIPPED.rglob(file)).read_text()
+    file_of_variables = "ENVIRONMENT_FILE:-/shared/runs/vqav2-lora/launch/environment}"
+    shipped = shipped.replace("ENVIRONMENT_FILE:-}", file_of_variables)
     assert shipped.replace(f"CONFIG={CONFIG}", f"CONFIG={config}") in out
     assert not Path("/shared").exists()
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from scale_digrap.launch.render import render
-from scale_digrap.launch.spec import LaunchConfig
+from scale_digrap.launch.spec import LaunchConfig, load_spec
 from scale_digrap.launch.workload import Workload
 from tests.launch import golden_files
 from tests.launch.test_golden import pod_script
@@ -142,14 +142,21 @@ def test_names_fit_together():
     assert {rule["onExitCodes"]["containerName"] for rule in rules[:2]} == {pod["containers"][0]["name"]}
     for manifest in (job, documents()[5]):
         grace = manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-        env = {entry["name"]: entry["value"] for entry in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
+        env = {
+            entry["name"]: entry.get("value") for entry in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+        }
         assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
 
 
-def test_dollars_in_values_survive_the_kubelet():
+def test_variables_come_from_a_secret_as_they_are():
     everything = documents()[5]
-    env = {entry["name"]: entry["value"] for entry in everything["spec"]["template"]["spec"]["containers"][0]["env"]}
-    assert env["GREETING"] == 'it\'s $$5, "100 %" # no comment'
+    env = {entry["name"]: entry for entry in everything["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["GREETING"]["valueFrom"] == {"secretKeyRef": {"name": "all-of-it-environment", "key": "GREETING"}}
+    spec = load_spec(golden_files.GOLDEN / "everything.yaml")
+    secret = yaml.safe_load(render("kubernetes/secret.yaml", spec, golden_files.example()))
+    assert problems(secret) == []
+    assert (secret["metadata"]["name"], secret["metadata"]["namespace"]) == ("all-of-it-environment", "1234")
+    assert secret["stringData"]["GREETING"] == 'it\'s $5, "100 %" # no comment'
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def pods(manifest: str) -> tuple[list[str], str, list[str], dict[str, str]]:
     assert service["metadata"]["name"] == spec["subdomain"]
     assert service["spec"]["clusterIP"] == "None"
     (container,) = spec["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    environment = {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
 
     def expand(text: str) -> str:
         return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), text)

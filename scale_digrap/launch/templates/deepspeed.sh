@@ -12,7 +12,7 @@ set -euo pipefail
 
 COMMAND=${COMMAND:-{{ command | sh }}}  # train or evaluate
 CONFIG=${CONFIG:-{{ config | sh }}}
-OVERRIDES=({{ overrides | map('sh') | join(' ') }})  # key=value ...
+OVERRIDES=({{ overrides | map('word') | join(' ') }})  # key=value ...
 RUN_NAME=${RUN_NAME:-{{ name | sh }}}  # of the job: the port comes from it
 LAUNCHER=${LAUNCHER:-{{ launcher | sh }}}  # pdsh or no_ssh; no other of deepspeed's works here (README.md)
 HOSTFILE=${HOSTFILE:-{{ hostfile | sh }}}  # a line per host: NAME slots=PROCESSES
@@ -23,7 +23,7 @@ SSH_OPTIONS=${SSH_OPTIONS:-{{ ssh_options | join(' ') | sh }}}
 # Variables of this shell that all hosts get, as patterns. deepspeed itself carries hardly any.
 CARRY=(
 {%- for part in carry | batch(10) %}
-  {{ part | map('sh') | join(' ') }}
+  {{ part | map('word') | join(' ') }}
 {%- endfor %}
 )
 STOP_WITHIN=${STOP_WITHIN:-{{ stop_within_s }}}  # seconds for a checkpoint when asked to stop
@@ -50,6 +50,12 @@ if [ "${#HOSTS[@]}" -eq 0 ]; then
   echo "$HOSTFILE names no host: write a line such as 'node0 slots=8' for each" >&2
   exit 2
 fi
+for HOST in "${HOSTS[@]}"; do
+  if ! [[ $HOST =~ ^[A-Za-z0-9_][A-Za-z0-9._:%@-]*$ ]]; then
+    echo "$HOSTFILE: '$HOST' is not the name or the address of a host" >&2
+    exit 2
+  fi
+done
 HOST0=${HOST0:-${HOSTS[0]}}
 read -ra SSH <<<"$SSH_OPTIONS"
 umask 077  # the environment may hold tokens
@@ -107,7 +113,7 @@ end_ranks() {  # SECONDS until they are killed
   fi
   for host in "${HOSTS[@]}"; do
     # Without the token: ssh would be one of the processes that are waited for.
-    env -u SCALE_DIGRAP_LAUNCH ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" "$host" \
+    env -u SCALE_DIGRAP_LAUNCH ssh -n -o BatchMode=yes -o ConnectTimeout=10 "${SSH[@]}" -- "$host" \
       "cd $(printf %q "$PWD") && $(printf '%q ' "$PYTHON" -m scale_digrap.launch.node stop "$START_ID" --within "$1")" ||
       echo "$host: could not be asked whether processes of $START_ID are left there" >&2 &
     asked+=("$!")

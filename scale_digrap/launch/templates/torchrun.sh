@@ -10,7 +10,7 @@ set -euo pipefail
 
 COMMAND=${COMMAND:-{{ command | sh }}}  # train, evaluate or quickstart (on one host)
 CONFIG=${CONFIG:-{{ config | sh }}}
-OVERRIDES=({{ overrides | map('sh') | join(' ') }})  # key=value ...
+OVERRIDES=({{ overrides | map('word') | join(' ') }})  # key=value ...
 RUN_NAME=${RUN_NAME:-{{ name | sh }}}  # of the job: rendezvous id and port come from it
 NODES=${NODES:-{{ nodes | sh }}}  # 2; or 2:4, which goes on with fewer and takes in more
 PROCESSES=${PROCESSES:-{{ processes | sh }}}  # on each host; auto: one per GPU, or 2

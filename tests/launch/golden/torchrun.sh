@@ -27,16 +27,20 @@ WORKDIR=${WORKDIR:-'/shared/my project'}
 LOGS=${LOGS:-/shared/logs}  # default: RUN_DIR/logs; one folder per host in it, one per rank in that
 START_ID=${START_ID:-$RUN_NAME.$$.$(date +%s)}  # by which the processes of this start are found
 
+# Variables for every process: lines `export NAME=value` in a file that only you can read, since they may be tokens.
+ENVIRONMENT_FILE=${ENVIRONMENT_FILE:-}
+if [ -n "$ENVIRONMENT_FILE" ]; then
+  # shellcheck disable=SC1090
+  . "$ENVIRONMENT_FILE"
+fi
 export SCALE_DIGRAP_LAUNCH=$START_ID
 export PYTHONUNBUFFERED=1
 # Ranks that each start a thread per core stand in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Without it, a host that comes back after a failure takes the whole job down (torch 2.13).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 # Time for a checkpoint between torchrun's SIGTERM and its SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_WITHIN
-export GREETING='it'"'"'s $5, "100 %" # no comment'
-export NCCL_SOCKET_IFNAME='^lo,docker0'
 unset MASTER_ADDR MASTER_PORT  # c10d chooses them; torchrun would hand stale ones on
 
 cd "$WORKDIR"

@@ -1,6 +1,6 @@
 set -euo pipefail
 COMMAND={{ command | sh }} CONFIG={{ config | sh }}
-OVERRIDES=({{ overrides | map('sh') | join(' ') }})
+OVERRIDES=({{ overrides | map('word') | join(' ') }})
 cd {{ workdir | sh }}
 # Refuses what training would refuse with status 2, which fails the job at once; answers with the run's folder.
 RUN_DIR=$({{ python | sh }} -m scale_digrap.launch.node config "$COMMAND" -- "$CONFIG" "${OVERRIDES[@]}")
