@@ -25,7 +25,7 @@ LABELS = [
 
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
 def test_a_label_is_shown_as_text_everywhere(tmp_path, label):
-    made = comparison()
+    made = comparison(questions=20)
     methods = [dataclasses.replace(made.methods[0], label=label), *made.methods[1:]]
     suites = [dataclasses.replace(made.suites[0], title=label, description=label), *made.suites[1:]]
     found = dataclasses.replace(made, title=label, methods=methods, suites=suites)
@@ -48,7 +48,7 @@ def test_a_label_is_shown_as_text_everywhere(tmp_path, label):
 
 
 def test_a_report_of_such_labels_is_written(tmp_path):
-    made = comparison()
+    made = comparison(questions=20)
     for number, chunk in enumerate([LABELS[:6], LABELS[6:12], LABELS[12:]]):
         methods = [
             dataclasses.replace(one, label=label) for one, label in zip(made.methods, chunk, strict=False)
