@@ -88,6 +88,7 @@ class Checkpointer:
         self._staging: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._thread_error: str | None = None
+        self._thread_failure: BaseException | None = None
         # Collectives of a background save must not mix with those of the training step.
         several = engine.world_size > 1
         self._group = dist.new_group(backend="gloo") if several and self.options.background else None
@@ -117,7 +118,10 @@ class Checkpointer:
             torch.cuda.synchronize()
 
         def work() -> None:
-            self._thread_error = self._write(step, staged, meta, self._group)
+            try:
+                self._thread_error = self._write(step, staged, meta, self._group)
+            except BaseException as error:  # no error of writing: another rank is gone, or a mistake here
+                self._thread_failure = error
 
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
@@ -142,6 +146,9 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            failure, self._thread_failure = self._thread_failure, None
+            if failure is not None:
+                raise failure
             self._outcome(self._thread_error)
 
     def _outcome(self, error: str | None) -> None:

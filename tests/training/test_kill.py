@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training import kills
+from scale_digrap.training.checkpoint import Checkpointer
+from scale_digrap.training.watchdog import LostRankError
+from tests.training import kills, runs
 from tests.training.killed_run import MOMENT, POINTS, Kill, start
 from tests.training.kills import ENGINES, NOT_REACHED, Row, Whole, sections, survived
 
@@ -105,3 +107,15 @@ def test_killed_on_two_ranks_resumed_on_one(checkpoint, shards, tmp_path, uninte
     assert alone[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-4)
     for mine, pair in zip(alone[0]["keys"], zip(*(rank["keys"][-2:] for rank in whole), strict=True), strict=True):
         assert sorted(mine) == sorted(key for keys in pair for key in keys)
+
+
+def test_a_writer_in_the_background_that_dies_ends_the_run(checkpoint, shards, tmp_path, monkeypatch):
+    """Its collectives fail when another rank is killed; unnoticed, the run would go on without checkpoints."""
+
+    def lost(*_):
+        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(Checkpointer, "_write", lost)
+    saving = {"every": 1, "background": True}
+    with pytest.raises(LostRankError, match="rank 0 lost contact with another rank"):
+        runs.run(checkpoint("llava"), shards, tmp_path, checkpoint=saving, training={"steps": 2, "batch_size": 2})
