@@ -307,8 +307,7 @@ def planted_file(folder: Path, pattern: str, marker: Path) -> None:
 
 def load_planted(folder: Path, pattern: str) -> list[str]:
     """On one rank: what loading and converting a planted checkpoint say."""
-    start_deepspeed()
-    engine = make_engine(config_for({"stage": 2}))
+    engine, _ = make_engine(config_for({"stage": 2}))
     train(engine, 0, 1)
     engine.save_checkpoint(str(folder), tag="good")
     sdds.load_checkpoint(engine, folder, tag="good")
@@ -332,3 +331,31 @@ def test_no_pickle_of_a_deepspeed_checkpoint_is_run(dist_pool, tmp_path, pattern
     assert re.search(r"not safe to read: it calls '(builtins|__builtin__)\.eval'", told[0]), told
     assert not (tmp_path / "ran").exists()
     assert all("\n" not in line for line in told)
+
+
+def told_of_clipping(asked: float | None) -> tuple[float, list[str]]:
+    import logging
+
+    config = config_for({"stage": 2})
+    del config["gradient_clipping"]
+    if asked is not None:
+        config["gradient_clipping"] = asked
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("scale_digrap.deepspeed.engine")
+    log.addHandler(handler)
+    try:
+        engine, _ = make_engine(config)
+    finally:
+        log.removeHandler(handler)
+    return float(engine.gradient_clipping()), lines
+
+
+def test_clipping_that_nobody_asked_for_is_said(dist_pool):
+    norm, lines = dist_pool(2).run(told_of_clipping, None)[0]
+    assert norm == 1.0, "DeepSpeed's default is another now: docs/deepspeed.md says 1.0"
+    assert len(lines) == 1
+    assert "clips gradients at a global norm of 1, its default" in lines[0]
+    for asked in (0.0, 1.0):
+        assert dist_pool(2).run(told_of_clipping, asked)[0] == (asked, [])
