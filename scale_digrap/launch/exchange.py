@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.launch.verdict import slow_links
+from scale_digrap.runtime.text import TextError, parse_json
 
 MEET_S = 60.0
 """Longest wait for what all hosts do at the same time, once they have met."""
@@ -108,6 +110,46 @@ def _knock(head: str, name: str, port: int, timeout_s: float) -> None:
         time.sleep(0.2)
 
 
+SECRET = "SCALE_DIGRAP_SECRET"
+"""Variable with what the hosts of one launch share, and nobody else: the port of the store is open to the network."""
+
+
+def _seal(key: str, value: Any) -> str:
+    text = json.dumps(value)
+    return _code(key, text) + text
+
+
+def _unseal(key: str, data: bytes) -> Any:
+    """What a host of this launch has stored under a key.
+
+    Raises:
+        PreflightError: somebody else has, or another program.
+    """
+    try:
+        text = data.decode("utf-8")
+        code = _code(key, text[_CODE_LENGTH:] if os.environ.get(SECRET) else text)
+        if not hmac.compare_digest(text[: len(code)].encode(), code.encode()):
+            raise _garbage(key)
+        return parse_json(text[len(code) :], key)
+    except (UnicodeDecodeError, TextError):
+        raise _garbage(key) from None
+
+
+def _code(key: str, text: str) -> str:
+    secret = os.environ.get(SECRET, "")
+    return hmac.new(secret.encode(), f"{key}\n{text}".encode(), "sha256").hexdigest() if secret else ""
+
+
+_CODE_LENGTH = 64
+
+
+def _garbage(key: str) -> PreflightError:
+    return PreflightError(
+        f"what stands under {key!r} in the preflight's store does not come from a host of this launch: another program "
+        "uses the port, or the hosts were started by different launches. Choose another port (rendezvous.port)"
+    )
+
+
 class Exchange:
     """What the hosts tell each other through the store.
 
@@ -126,21 +168,22 @@ class Exchange:
         Raises:
             PreflightError: rank 0 is gone.
         """
-        self._store.set(f"{key}/{self.place.rank}", json.dumps(value))
+        mine = f"{key}/{self.place.rank}"
+        self._store.set(mine, _seal(mine, value))
         if self.place.rank:
-            return json.loads(self._get(f"{key}/all", wait_s + MEET_S))
+            return list(_unseal(f"{key}/all", self._get(f"{key}/all", wait_s + MEET_S)))
         deadline = time.monotonic() + wait_s
         values: list[Any] = [None] * self.place.nodes
         missing = [rank for rank, there in enumerate(self._present) if there]
         while missing and (time.monotonic() < deadline or missing[0] == 0):
             for rank in list(missing):
                 if self._store.check([f"{key}/{rank}"]):
-                    values[rank] = json.loads(self._store.get(f"{key}/{rank}"))
+                    values[rank] = _unseal(f"{key}/{rank}", self._store.get(f"{key}/{rank}"))
                     missing.remove(rank)
             time.sleep(_POLL_S if missing else 0)
         for rank in missing:
             self._present[rank] = False
-        self._store.set(f"{key}/all", json.dumps(values))
+        self._store.set(f"{key}/all", _seal(f"{key}/all", values))
         return values
 
     def leave(self) -> None:
@@ -154,10 +197,10 @@ class Exchange:
         except RuntimeError:
             pass  # torchrun's store may be gone already
 
-    def _get(self, key: str, wait_s: float) -> str:
+    def _get(self, key: str, wait_s: float) -> bytes:
         try:
             self._store.wait([key], timedelta(seconds=wait_s))
-            return self._store.get(key).decode()
+            return bytes(self._store.get(key))
         except (RuntimeError, OSError):
             raise PreflightError(
                 f"{socket.gethostname()} lost {self.place.expected[0]}, or it told nothing for {wait_s:.0f} s: see its "
@@ -169,7 +212,8 @@ class Exchange:
         if self.place.rank:
             for number in range(3):
                 self._get(f"clock/{self.place.rank}/ask{number}", MEET_S)
-                self._store.set(f"clock/{self.place.rank}/told{number}", repr(now()))
+                told_key = f"clock/{self.place.rank}/told{number}"
+                self._store.set(told_key, _seal(told_key, now()))
             return {}
         found = {}
         for rank in range(1, self.place.nodes):
@@ -177,7 +221,10 @@ class Exchange:
             for number in range(3):
                 before = now()
                 self._store.set(f"clock/{rank}/ask{number}", "")
-                told = float(self._get(f"clock/{rank}/told{number}", MEET_S))
+                told_key = f"clock/{rank}/told{number}"
+                told = _unseal(told_key, self._get(told_key, MEET_S))
+                if not isinstance(told, int | float):
+                    raise _garbage(told_key)
                 after = now()
                 answers.append(((after - before) / 2, told - (before + after) / 2))
             error, skew = min(answers)

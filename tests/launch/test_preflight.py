@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from scale_digrap.config import load_config
 from scale_digrap.launch import preflight, probe, verdict
-from scale_digrap.launch.exchange import Exchange, Place, PreflightError, meet
+from scale_digrap.launch.exchange import Exchange, Place, PreflightError, _seal, meet
 from scale_digrap.launch.verdict import Finding, judge, judge_arrivals, judge_clocks, judge_links
 
 H100 = {"name": "H100", "memory_mib": 81559, "used_mib": 4, "driver": "570.1"}
@@ -326,3 +326,31 @@ def test_one_process_alone(tmp_path, made_model, capsys):
     assert "no such shard" in capsys.readouterr().err
     assert preflight.main([str(config), "training.step=4"]) == 2
     assert "training.steps" in capsys.readouterr().err
+
+
+class OneHost(dict):
+    """A store of one process."""
+
+    def set(self, key, value):
+        self[key] = value.encode() if isinstance(value, str) else value
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+
+@pytest.mark.parametrize("secret", ["", "5ecret"])
+def test_what_a_stranger_writes_into_the_store_is_one_error_and_never_a_value(monkeypatch, secret):
+    monkeypatch.setenv("SCALE_DIGRAP_SECRET", secret)
+    two = Place(rank=0, nodes=2, endpoint=None)
+    strangers = [b"\xff\xfe", b"{", b"NaN", b"", *([b'{"host": "forged"}', b"0" * 64 + b"1"] if secret else [])]
+    for garbage in strangers:
+        store = OneHost({"facts/1": garbage})
+        with pytest.raises(PreflightError, match="does not come from a host of this launch") as refused:
+            Exchange(two, store).gather("facts", {"a": 1}, wait_s=1)
+        assert "\n" not in str(refused.value)
+    store = OneHost({"facts/1": _seal("facts/1", {"b": 2}).encode()})
+    assert Exchange(two, store).gather("facts", {"a": 1}, wait_s=1) == [{"a": 1}, {"b": 2}]
+    store = OneHost({"facts/1": _seal("other/1", {"b": 2}).encode()})  # under another key
+    if secret:
+        with pytest.raises(PreflightError, match="does not come from"):
+            Exchange(two, store).gather("facts", {"a": 1}, wait_s=1)
