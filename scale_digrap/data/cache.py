@@ -102,6 +102,11 @@ class ShardCache:
         self._pins = {}
         self._mutex = threading.Lock()
 
+    @property
+    def index_folder(self) -> Path:
+        """For the indexes of the shards; each user's own where the cache is shared."""
+        return self.folder / (f"index-{os.getuid()}" if self.shared else "index")
+
     def file(self, name: str) -> Path:
         """Where the shard of that cache name lies, if it is there."""
         return self.folder / name

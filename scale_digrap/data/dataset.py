@@ -234,7 +234,7 @@ class ShardDataset(torch.utils.data.Dataset[VqaSample]):
         if is_local(url):
             return load_index(path, cache_dir=self.cache_dir)
         # The store has compared the checksum, so an index survives that a shard is fetched anew.
-        cache = self.store.cache.folder / "index" if self.store.cache is not None else self.cache_dir
+        cache = self.store.cache.index_folder if self.store.cache is not None else self.cache_dir
         return load_index(path, cache_dir=cache, beside=False, sha256=line.sha256 if line else "")
 
     def _sha256(self, number: int) -> str:

@@ -42,10 +42,11 @@ def open_shards(config: DataConfig, shards: Sequence[str], store: ShardStore | N
     Raises:
         DataError: see :class:`ShardDataset`.
     """
+    store = open_store(config) if store is None else store
     return ShardDataset(
         shards,
-        store=open_store(config) if store is None else store,
-        cache_dir=None if config.cache_dir is None else Path(home(config.cache_dir)) / "index",
+        store=store,
+        cache_dir=None if store.cache is None else store.cache.index_folder,
         classes=config.classes or None,
         class_question=config.class_question,
         decoder=ImageDecoder(target_size=config.image_size),

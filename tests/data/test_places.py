@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scale_digrap.data import places
+from scale_digrap.data.dataset import ShardDataset
 from scale_digrap.data.errors import DataError
 from scale_digrap.data.index import load_index
 from scale_digrap.data.store import ShardStore
@@ -73,6 +74,22 @@ def test_a_planted_shard_is_never_used_in_place_of_the_one_that_was_asked_for(tm
     plant(tmp_path, url, EVIL, claimed=GOOD)  # the size and the checksum of the manifest, other bytes
     line = entry("a.tar", GOOD) if listed else None
     assert store(tmp_path, cache_shared=shared).path(url, line).read_bytes() == GOOD
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a folder to another user")
+def test_users_who_share_a_cache_keep_their_own_indexes(tmp_path):
+    made.write(tmp_path, 5)
+    folder = tmp_path / "cache"
+    (folder / "index").mkdir(parents=True, mode=0o700)
+    (folder / "index-12345").mkdir(mode=0o700)
+    for name in ("index", "index-12345"):
+        os.chown(folder / name, 12345, -1)
+    folder.chmod(0o777)
+    with serve(Site({"/a.tar": (tmp_path / "shard-000000.tar").read_bytes()})) as site:
+        data = ShardDataset(site.url("/a.tar"), store=store(folder, cache_shared=True))
+        assert [sample.key for sample in data] == [f"s{number:05d}" for number in range(5)]
+    assert len(list((folder / f"index-{os.getuid()}").iterdir())) == 1
+    assert list((folder / "index").iterdir()) == []
 
 
 def test_a_copied_cache_is_read_once_and_then_used(tmp_path, site):
