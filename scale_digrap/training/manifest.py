@@ -195,12 +195,14 @@ def problems(folder: Path) -> list[str]:
 def _unsafe(folder: Path) -> list[str]:
     from scale_digrap.runtime import dcp_folder
     from scale_digrap.training.run_folder import META, STATE
-    from scale_digrap.training.run_state import CheckpointError, read_meta
+    from scale_digrap.training.run_state import CheckpointError, OtherVersionError, read_meta
 
     found = []
     if os.path.lexists(folder / META):
         try:
             read_meta(folder)
+        except OtherVersionError:
+            pass  # whoever reads it says so
         except CheckpointError as error:
             found.append(one_line(error))
     if os.path.lexists(folder / STATE) and stat.S_ISDIR(os.stat(folder / STATE).st_mode):

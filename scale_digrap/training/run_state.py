@@ -26,6 +26,10 @@ class CheckpointError(ScaleDigrapError):
     """A checkpoint that cannot be written or read."""
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint that another version of the package has written; it may well be whole."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """The small part of a checkpoint, the same on all ranks: ``trainer.json``."""
@@ -73,7 +77,7 @@ def read_meta(path: Path) -> RunState:
     unknown = sorted(set(values) - {field.name for field in fields(RunState)})
     if values.get("version") != VERSION or unknown:
         what = f"{unknown[0]!r}" if unknown else f"version {_shown(values.get('version'))}, not {VERSION}"
-        raise CheckpointError(
+        raise OtherVersionError(
             f"{path} was written by another version of scale_digrap ({META} has {one_line(what, 60)}): use that one"
         )
     for field in fields(RunState):

@@ -328,7 +328,7 @@ def load_planted(folder: Path, pattern: str) -> list[str]:
 def test_no_pickle_of_a_deepspeed_checkpoint_is_run(dist_pool, tmp_path, pattern):
     told = dist_pool(1).run(load_planted, tmp_path, pattern)[0]
     assert len(told) == 2
-    assert re.search(r"not safe to read: it calls '(builtins|__builtin__)\.eval'", told[0]), told
+    assert re.search(r"not safe to read: it calls '[\w.]*eval'", told[0]), told
     assert not (tmp_path / "ran").exists()
     assert all("\n" not in line for line in told)
 
