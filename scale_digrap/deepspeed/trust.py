@@ -17,7 +17,7 @@ import torch
 from scale_digrap.deepspeed.support import DeepSpeedError
 from scale_digrap.runtime.text import printable
 
-_UNSUPPORTED = re.compile(r"(?:GLOBAL|global:?|class) [`']?([\w.]+)")
+_UNSUPPORTED = re.compile(r"\bGLOBAL ([\w.]+)")  # in torch's words
 
 
 def load_plain(path: Any, *, map_location: Any = "cpu", **options: Any) -> Any:
