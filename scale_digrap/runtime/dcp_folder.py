@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.runtime.files import UntrustedFileError, open_inside
 from scale_digrap.runtime.pickles import DTYPES, PickleError, Record, check_saved_tensor, load
-from scale_digrap.runtime.text import one_line, printable
+from scale_digrap.runtime.text import one_line, printable, read_at_most
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
@@ -97,7 +97,7 @@ def read_index(folder: str | os.PathLike[str]) -> Index:
     name = printable(f"{Path(folder) / METADATA}")
     try:
         with open_inside(folder, METADATA) as file:
-            data = file.read(MAX_METADATA_BYTES + 1)
+            data = read_at_most(file, MAX_METADATA_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise FolderError(f"{folder} holds no portable state: it has no {METADATA}") from None
     except OSError as error:

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from scale_digrap.errors import ScaleDigrapError
 
@@ -25,6 +25,7 @@ MAX_JSON_DEPTH = 64
 """Deepest nesting of JSON from outside; real files use less than ten levels."""
 
 _UNFIT = frozenset("\ufeff\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_PIECE = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A string without an end goes to the end of the text: were it no match, every quote in it would be tried anew.
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
@@ -70,12 +71,24 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byt
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = read_at_most(file, limit)
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > limit:
         raise TextError(f"{path} is larger than {limit:,} bytes, the most that is read of such a file")
     return data
+
+
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """The rest of a file, or ``limit`` + 1 bytes of it where it is longer.
+
+    In pieces: ``file.read(limit + 1)`` asks for that much memory before it knows how long the file is.
+    """
+    parts, left = [], limit + 1
+    while left and (part := file.read(min(left, _PIECE))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def parse_json(data: bytes | str, name: str, *, depth: int = MAX_JSON_DEPTH, finite: bool = True) -> Any:

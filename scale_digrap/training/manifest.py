@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from scale_digrap.runtime.files import UntrustedFileError, open_inside
-from scale_digrap.runtime.text import TextError, one_line, parse_json, printable
+from scale_digrap.runtime.text import TextError, one_line, parse_json, printable, read_at_most
 
 NAME = "manifest.json"
 _STEP = re.compile(r"step-(\d{1,18})")
@@ -126,7 +126,7 @@ def _read(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged; names what.
     """
     with open_inside(folder, NAME) as file:
-        data = file.read(_MAX_BYTES + 1)
+        data = read_at_most(file, _MAX_BYTES)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES:,} bytes")
     body = parse_json(data, NAME)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.runtime.files import UntrustedFileError, open_inside
 from scale_digrap.runtime.secrets import MASK, is_secret_key
-from scale_digrap.runtime.text import TextError, one_line, parse_json, printable
+from scale_digrap.runtime.text import TextError, one_line, parse_json, printable, read_at_most
 from scale_digrap.training.run_folder import META
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read_meta(path: Path) -> RunState:
     name = printable(str(path / META))
     try:
         with open_inside(path, META) as file:
-            data = file.read(_MAX_BYTES + 1)
+            data = read_at_most(file, _MAX_BYTES)
     except UntrustedFileError as error:
         raise CheckpointError(str(error)) from None
     except OSError as error:

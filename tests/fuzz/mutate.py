@@ -186,16 +186,19 @@ def mutated_tar(data: bytes, chance: random.Random) -> bytes:
 
 def mutated_index(data: bytes, chance: random.Random) -> bytes:
     """An index with another number in its arrays, another value in its header, or damage to its bytes."""
+    from scale_digrap.data import index
+
     what = chance.randrange(3)
-    first = data.index(b"\n") + 1
-    start = first + 16
-    length = int(data[first:start])
+    length_at = len(index._MAGIC)
+    start = length_at + index._LENGTH + index._DIGEST
+    length = int(data[length_at : length_at + index._LENGTH])
     if what == 0:
         return mutated_bytes(data, chance)
-    if what == 1:
+    if what == 1:  # forged: its digest fits
         header = json.dumps(mutated_tree(json.loads(data[start : start + length]), chance)).encode()
         header += b" " * (-(start + len(header)) % 8)
-        return data[:first] + b"%16d" % len(header) + header + data[start + length :]
+        sizes = str(len(header)).rjust(index._LENGTH).encode()
+        return data[:length_at] + sizes + index._digest(header) + header + data[start + length :]
     place = chance.randrange((start + length) // 4, len(data) // 4) * 4
     number = chance.choice((0, 1, 2, 3, 512, 2**31 - 1, -1, -(2**31)))
     return data[:place] + number.to_bytes(4, "little", signed=True) + data[place + 4 :]

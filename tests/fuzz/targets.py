@@ -31,7 +31,7 @@ TARGETS: dict[str, Target] = {
     "checkpoint tensors": Target(
         run_readers.checkpoint, {r".*/state/.*\.distcp": mutate.mutated_bytes}, run_readers.read_checkpoint, cost=5
     ),
-    "logs": Target(run_readers.logs, {r".*\.jsonl": mutate.mutated_lines}, run_readers.read_logs),
+    "logs": Target(run_readers.logs, {r".*\.jsonl": mutate.mutated_lines}, run_readers.read_logs, refuses=False),
     "train configurations": Target(
         lambda _: {"train.yaml": run_readers.TRAIN}, {r".*": mutate.mutated_yaml}, run_readers.read_train, cost=2
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from scale_digrap.runtime import text
-from scale_digrap.runtime.text import TextError
+from scale_digrap.runtime.text import TextError, read_at_most, read_bytes
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -75,3 +76,21 @@ def test_an_unfinished_string_of_escapes_is_refused_in_linear_time():
 
 def test_numbers_that_are_not_finite_pass_where_the_caller_looks_for_them():
     assert math.isnan(text.parse_json(b"[NaN]", "x", finite=False)[0])
+
+
+def test_a_limit_is_no_request_for_memory(tmp_path):
+    path = tmp_path / "small"
+    path.write_bytes(b"x" * 5)
+    asked = []
+
+    class Counting(io.BytesIO):
+        def read(self, size: int = -1, /) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    assert read_at_most(Counting(b"x" * 5), 1 << 40) == b"x" * 5
+    assert max(asked) <= 1 << 20
+    assert read_at_most(io.BytesIO(b"x" * 9), 5) == b"x" * 6  # one more tells that it is longer
+    with pytest.raises(TextError, match="larger than 4 bytes"):
+        read_bytes(path, 4)
+    assert read_bytes(path, 5) == b"x" * 5
