@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from scale_digrap.bounds import OPTION_BOUNDS
 from scale_digrap.duration import seconds
 from scale_digrap.runtime.files import write_whole
 from scale_digrap.settings import ConfigError, PathText, read_structured, read_values, shown, suggest, to_yaml
@@ -529,8 +530,6 @@ def validate(config: Config) -> None:
     for key in (
         "optimizer.lr",
         "optimizer.eps",
-        "optimizer.omega_lr",
-        "optimizer.omega_max",
         "lora.alpha",
     ):
         _check_range(config, key, above=0.0)
@@ -565,11 +564,11 @@ def validate(config: Config) -> None:
     ):
         _check_range(config, key, low=0)
     _check_range(config, "checkpoint.keep", low=1)
-    _check_range(config, "optimizer.weight_decay", low=0.0)
-    _check_range(config, "optimizer.gamma_lr", low=0.0)
-    _check_range(config, "optimizer.gamma_k", low=0.0, high=1.0)
+    for key in ("weight_decay", "omega_lr", "omega_max", "gamma_lr"):
+        _check_range(config, f"optimizer.{key}", low=OPTION_BOUNDS[key].low)
+    _check_range(config, "optimizer.gamma_k", low=OPTION_BOUNDS["k"].low, high=OPTION_BOUNDS["k"].high)
     if config.optimizer.strength is not None:
-        _check_range(config, "optimizer.strength", low=0.0)
+        _check_range(config, "optimizer.strength", low=OPTION_BOUNDS["strength"].low)
         if config.optimizer.name not in ("spd", "l2sp"):
             raise ConfigError(f"optimizer.strength is of spd and l2sp; optimizer.name is {config.optimizer.name}")
     _check_range(config, "lora.dropout", low=0.0, below=1.0)

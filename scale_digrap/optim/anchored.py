@@ -6,7 +6,8 @@ holds them packed, so that a step is a handful of kernels for all layers, while 
 
 from __future__ import annotations
 
-import difflib
+import logging
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from scale_digrap.bounds import OPTION_BOUNDS, Bound
 from scale_digrap.errors import ScaleDigrapError
+from scale_digrap.optim.given import Given, advice, replaced, why_not
+from scale_digrap.optim.options import check_foreign_keys, check_keywords, check_numbers
+from scale_digrap.sharding import dtensor
 from scale_digrap.sharding.layout import ShardLayout, layout_for
+
+logger = logging.getLogger(__name__)
 
 ANCHORS = ("initial", "zero")
 ANCHOR_DTYPES = ("auto", "bfloat16", "float32")
@@ -32,18 +39,32 @@ class UnattachedError(ScaleDigrapError, RuntimeError):
     """``step()`` on tensors that an engine has put in place of the parameters."""
 
 
+class StateError(ScaleDigrapError, ValueError):
+    """State that a step cannot go on from: a client or a checkpoint has left it incomplete, or in another form."""
+
+
 class AnchoredOptimizer(Optimizer):
     """Base of the optimizers that pull towards pre-trained weights; options as in :class:`scale_digrap.DiGraP`."""
 
     #: Per-layer float64 scalars that a subclass keeps in ``state[param]``, in this order.
     layer_scalars: tuple[str, ...] = ()
+    #: What numbers the options may have, by option.
+    bounds: Mapping[str, Bound] = OPTION_BOUNDS
 
-    def __init__(self, params: Any, defaults: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
-        self._given: list[tuple[str, Tensor]] = []
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None = None,
+        torch_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_keywords(type(self).__name__, defaults, torch_options or {})
+        self._given: list[Given] = []
         self._attached = False
         self._reset_caches()
         self._process_group = process_group
         self._anchor_tensors: dict[str, Tensor] = {}
+        self._followed_anchors: dict[str, Tensor] = {}
         self._default_anchor = defaults["anchor"]
         super().__init__(params, {**defaults, "anchor": _anchor_kind(defaults["anchor"])})
 
@@ -53,16 +74,19 @@ class AnchoredOptimizer(Optimizer):
         self._group_of: list[int] = []
         self._packed = torch.empty(0)
         self._steps = torch.empty(0)
+        self._shown: list[tuple[Sequence[str], list[Tensor], list[int], set[str]]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Reached by unpickling and deepcopy, and by load_state_dict, which passes "state" and "param_groups" alone.
         fresh = "defaults" in state and "_process_group" not in self.__dict__
         if fresh:
             self._process_group, self._anchor_tensors, self._attached = None, {}, False
+            self._followed_anchors = {}
             self._default_anchor = state["defaults"]["anchor"]
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's default for pickles of its own
         if fresh:
-            self._given = [pair for number in range(len(self.param_groups)) for pair in self._named(number)]
+            self._given = [Given(*pair) for number in range(len(self.param_groups)) for pair in self._named(number)]
         if not self._attached:
             self._reset_caches()
         for group in self.param_groups:
@@ -73,36 +97,24 @@ class AnchoredOptimizer(Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` for an option out of range; subclasses add their own."""
-        if not float(group["lr"]) >= 0.0:
-            raise ValueError(f"Invalid learning rate: {group['lr']}")
-        for key in [key for key in group if key.endswith("betas")]:
-            for index, beta in enumerate(group[key]):
-                if not 0.0 <= beta < 1.0:
-                    raise ValueError(f"Invalid {key}[{index}]: {beta} (must be in [0, 1))")
-        if not group["eps"] >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-        for key in self.defaults:
-            if (key == "strength" or key.endswith("_lr")) and not group[key] >= 0.0:
-                raise ValueError(f"Invalid {key}: {group[key]} (must be at least 0)")
+        check_numbers({key: value for key, value in group.items() if key in self.defaults})
         if group["anchor"] not in (*ANCHORS, _MAPPING, None):
             raise ValueError(f"Invalid anchor: {group['anchor']!r} (use 'initial', 'zero', a mapping or None)")
         if group["anchor_dtype"] not in ANCHOR_DTYPES:
             raise ValueError(f"Invalid anchor_dtype: {group['anchor_dtype']!r} (use one of {', '.join(ANCHOR_DTYPES)})")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options default to the optimizer's.
+        """Add a group; its options default to the optimizer's. Keys that are no options are kept and not used.
 
         Raises:
-            ValueError: an unknown option or a value out of range; a mapping of anchors that lacks one of the group's
-                names or has it in another shape; complex parameters.
+            TypeError: not a dict.
+            ValueError: a value out of range; a key that looks like a misspelt option; a mapping of anchors that lacks
+                one of the group's names or has it in another shape; complex parameters.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = dict(param_group)
-        for key in set(group) - set(self.defaults) - _FOREIGN_KEYS:
-            near = difflib.get_close_matches(key, self.defaults, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(self.defaults))}"
-            raise ValueError(f"unknown option {key!r} in a parameter group{hint}")
+        check_foreign_keys(type(self).__name__, self.defaults, group, _FOREIGN_KEYS)
         anchor = group.get("anchor", self._default_anchor)
         group["anchor"] = _anchor_kind(anchor)
         dtype = group.get("anchor_dtype", self.defaults["anchor_dtype"])
@@ -115,7 +127,7 @@ class AnchoredOptimizer(Optimizer):
         except ValueError:
             del self.param_groups[before:]
             raise
-        self._given += self._named(before)
+        self._given += [Given(*pair) for pair in self._named(before)]
 
     def _check_params(self, group: dict[str, Any], anchor: Any) -> None:
         names = group.get("param_names")
@@ -155,20 +167,46 @@ class AnchoredOptimizer(Optimizer):
 
     @property
     def given_parameters(self) -> list[tuple[str, Tensor]]:
-        """(name, parameter) as the optimizer was given them, also after an engine has put other tensors in place."""
-        return list(self._given)
+        """(name, parameter) as the optimizer was given them, also after an engine has put other tensors in place.
 
-    def _check_given(self) -> None:
-        """Refuse tensors that the optimizer does not know: what an engine has put in place of the parameters."""
-        known = {id(param) for _, param in self._given}
+        Those that no longer exist are left out.
+        """
+        return [(one.name, one.param) for one in self._given if one.param is not None]
+
+    def _follow_parameters(self) -> None:
+        """Take over tensors that a library has put where the parameters stood, under their names.
+
+        Raises:
+            UnattachedError: they cannot be told to be the same layers.
+        """
         params = [param for group in self.param_groups for param in group["params"]]
-        if all(id(param) in known for param in params) and (params or not self._given):
+        others = replaced(self._given, params)
+        if not others and (params or not self._given):
             return
-        raise UnattachedError(
-            f"{type(self).__name__} was made for {len(self._given)} parameters, but has other tensors now: "
-            "DeepSpeed's ZeRO steps flat partitions that cut through layers, where a layer-wise update would be "
-            "silently wrong. After deepspeed.initialize(...), add: scale_digrap.deepspeed.attach(engine)"
-        )
+        old = [self._given[place].param if place < len(self._given) else None for place, _ in others]
+        states = [self.state[param] if param is not None and param in self.state else {} for param in old]
+        taken = max([float(state.get("step", 0)) for state in states], default=0.0)
+        reason = why_not(self._given, params, taken)
+        if reason is not None:
+            raise UnattachedError(
+                f"{type(self).__name__} was made for {len(self._given)} parameters, but has other tensors now "
+                f"({reason}): {advice(self._given, params)}"
+            )
+        for (place, param), before, state in zip(others, old, states, strict=True):
+            name, anchor = self._given[place].name, state.get("anchor")
+            if anchor is not None and not anchor.is_meta:
+                self._followed_anchors[name] = anchor
+            if before is not None:
+                self.state.pop(before, None)
+            self._given[place] = Given(name, param)
+        self._reset_caches()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            place, param = others[0]
+            logger.info(
+                "%s follows %d of %d parameters that were replaced after it was made, by their order and shapes; "
+                "the first, %r, is a %s now",
+                type(self).__name__, len(others), len(params), self._given[place].name, type(param).__name__,
+            )  # fmt: skip
 
     def _zero_gradients(self) -> bool:
         """Whether no gradient says anything: engines take such a step to make the optimizer create its state."""
@@ -279,9 +317,10 @@ class AnchoredOptimizer(Optimizer):
         optimizer. It is a collective call: every rank makes it. Calling it again does nothing.
 
         Raises:
-            ValueError: a bf16 or fp16 parameter (a fine-tuning step is of the size of its rounding); parameters on
-                several devices; an anchor that would be captured after training began; an ``anchor_dtype`` that does
-                not hold an anchor exactly; two layers of one name.
+            ValueError: a bf16 or fp16 parameter (a fine-tuning step is of the size of its rounding); an expanded one;
+                parameters on several devices; an anchor that would be captured after training began; an
+                ``anchor_dtype`` that does not hold an anchor exactly; two layers of one name.
+            UnattachedError: an engine has put tensors in place of the parameters that cannot be followed.
         """
         if self._attached:
             saved = self._take_layer_state(keep_lr=True)
@@ -292,8 +331,10 @@ class AnchoredOptimizer(Optimizer):
         before = None if self._layout is None else self._layout.tensors
         if before is not None and len(trainable) == len(before):  # noqa: SIM102
             if all(new is old for (_, _, new), old in zip(trainable, before, strict=True)):
+                if self._state_replaced():
+                    self._fill_state()
                 return
-        self._check_given()
+        self._follow_parameters()
         self._group_of = [index for index, _, _ in trainable]
         names = [name for _, name, _ in trainable]
         self._check_names(names)
@@ -302,19 +343,51 @@ class AnchoredOptimizer(Optimizer):
         by_rows = [self._by_rows(self.param_groups[index]) for index in self._group_of]
         self._check_precision(params)
         self._layout = layout_for(names, params, by_rows, self._process_group)
+        self._shown = []
+        self._fill_state()
+
+    def _fill_state(self) -> None:
+        """Create what is missing of the state, and take over what a client has put into it."""
+        cleared = [name for i, name in enumerate(self._names) if self._shown and "step" not in self._state_of(i)]
+        if cleared:
+            logger.warning(
+                "the state of %d layers was cleared, first %r: they begin anew, and an anchor of 'initial' is the "
+                "weights of now; to begin anew with the old anchors, keep state[param]['anchor']",
+                len(cleared), cleared[0],
+            )  # fmt: skip
         self._init_tensors()
-        for param in params:
-            for key in self.layer_scalars:
-                if key not in self.state[param]:
-                    self.state[param][key] = torch.zeros((), dtype=torch.float64)
-        self._pack({name: self.state[param] for name, param in zip(names, params, strict=True)})
+        self._pack({name: self._state_of(index) for index, name in enumerate(self._names)})
+        self._followed_anchors = {}
+
+    def _state_replaced(self) -> bool:
+        """Whether a client has taken scalars away, or put others in their place, or emptied a layer's state.
+
+        Tensors of the layers' size are read from the state in every step, whoever has put them there.
+        """
+        assert self._layout is not None
+        for tensor, (keys, views, places, needed) in zip(self._layout.tensors, self._shown, strict=True):
+            state = self.state.get(tensor)
+            if state is None or not needed <= state.keys():
+                return True
+            if any(map(operator.is_not, map(state.get, keys), views)):
+                return True
+            if any(map(operator.ne, map(Tensor.data_ptr, views), places)):  # view.data was assigned
+                return True
+        return False
 
     def _init_tensors(self) -> None:
         """Create the missing state of every tensor: step, moments, anchor."""
         assert self._layout is not None
         self._init_anchors()
-        for tensor in self._layout.tensors:
+        for place, tensor in enumerate(self._layout.tensors):
             state = self.state[tensor]
+            if not self._attached and state.keys() & {"step", "exp_avg", "exp_avg_sq"}:
+                lost = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+                if lost and float(state.get("step", 1)) > 0:
+                    raise StateError(
+                        f"the state of layer {self._names[place]!r} has no {' and no '.join(lost)}: put it back, or "
+                        "clear the whole state of the layer to begin anew"
+                    )
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -340,6 +413,11 @@ class AnchoredOptimizer(Optimizer):
                     " trainable parameters in float32 (from_pretrained(..., dtype=torch.float32)) and compute in low"
                     " precision with torch.autocast or FSDP's MixedPrecisionPolicy(param_dtype=torch.bfloat16)"
                 )
+            if dtensor.is_expanded(param):
+                raise ValueError(
+                    f"layer {name!r} is an expanded tensor: several of its elements are one place in memory, and no "
+                    "update of them is right. Make the parameter of tensor.clone()"
+                )
 
     def _init_anchors(self) -> None:
         """Capture the missing anchors, each in the narrowest dtype that holds its tensor exactly on every rank."""
@@ -354,6 +432,11 @@ class AnchoredOptimizer(Optimizer):
                 full = self._anchor_tensors[name]
                 _check_anchor_shape(name, full, layout.layers[index].shape)
                 fresh[index] = layout.local_of_full(index, full)
+                continue
+            if name in self._followed_anchors:  # captured before the parameter was sharded
+                fresh[index] = layout.local_of_full(
+                    index, self._followed_anchors[name].to(self._tensor_of(index).dtype)
+                )
                 continue
             if float(state.get("step", 0)) > 0:
                 raise ValueError(
@@ -388,18 +471,28 @@ class AnchoredOptimizer(Optimizer):
         """Gather every layer's scalars into one tensor; where a layer has a tensor of its own, ``state`` shows views.
 
         Args:
-            scalars: by layer name; what is missing is 0.
+            scalars: by layer name; what is missing is as for a new layer.
         """
         layout = self._layout
         assert layout is not None
         device = layout.local(0, self._tensor_of(0)).device if self._names else torch.device("cpu")
         packed = torch.zeros((len(self.layer_scalars), len(self._names)), dtype=torch.float64)
+        missing: dict[tuple[str, ...], list[str]] = {}
         steps = torch.zeros(len(self._names), dtype=torch.float32)
         for index, name in enumerate(self._names):
             own = scalars.get(name, {})
             steps[index] = float(own.get("step", 0.0))
+            lacks = [key for key in self.layer_scalars if key not in own]
             for row, key in enumerate(self.layer_scalars):
-                packed[row, index] = float(own.get(key, 0.0))
+                packed[row, index] = float(own[key]) if key in own else self._missing_scalar(index, key)
+            if lacks and steps[index] > 0:
+                missing.setdefault(tuple(lacks), []).append(name)
+        for lost, names in missing.items():
+            logger.warning(
+                "the state of %d layers with steps, first %r, does not hold %s: these are as for a new layer, and what "
+                "the last step used (previous_…) is what the parameter groups say now",
+                len(names), names[0], ", ".join(lost),
+            )  # fmt: skip
         self._packed, self._steps = packed.to(device), steps.to(device)
         if self._attached:
             for tensor in layout.tensors:
@@ -412,6 +505,17 @@ class AnchoredOptimizer(Optimizer):
                 for row, key in enumerate(self.layer_scalars):
                     state[key] = self._packed[row, index]
         self._after_pack()
+        self._shown = []
+        if not self._attached:
+            keys = ["step", *self.layer_scalars]
+            for index in range(len(self._names)):
+                state = self._state_of(index)
+                views = [state[key] for key in keys]
+                self._shown.append((keys, views, [view.data_ptr() for view in views], set(state)))
+
+    def _missing_scalar(self, index: int, key: str) -> float:
+        """The value of a layer's scalar for which there is none, as for a new layer."""
+        return 0.0
 
     def _count_held(self, layers: Iterable[int], steps: Sequence[float]) -> None:
         """Raise the steps of the tensors that hold these layers to those of the layers: checkpoint converters ask for
@@ -438,7 +542,9 @@ class AnchoredOptimizer(Optimizer):
         """Load a state dict; anchors and per-layer scalars keep the dtypes that they were saved in.
 
         ``torch.optim.Optimizer`` casts every floating-point state but ``step`` to the parameter's dtype and device,
-        which would widen a bf16 anchor. A checkpoint without anchors leaves the live ones in place.
+        which would widen a bf16 anchor. A checkpoint without anchors leaves the live ones in place. An empty state
+        dict, loaded where there is no state, creates none. A checkpoint that does not hold all scalars (an older one,
+        AdamW's) is taken with a warning that says what starts anew.
 
         Raises:
             ValueError: as ``torch.optim.Optimizer``; or the checkpoint has taken steps, holds no anchors, and none are
@@ -459,22 +565,24 @@ class AnchoredOptimizer(Optimizer):
             ids = own.pop("ids")
             params = [param for group in self.param_groups for param in group["params"]]
             for key, param in zip(ids, params, strict=True):
-                if key not in own:
-                    continue
-                state, old = self.state[param], kept.get(param, {})
-                for name, value in own[key].items():
+                for name, value in own.get(key, {}).items():
                     if isinstance(value, Tensor) and name == "anchor":
                         value = value.to(device=param.device)
-                    state[name] = value
-                if "anchor" not in state and "anchor" in old:
-                    state["anchor"] = old["anchor"]
+                    self.state[param][name] = value
+                old = kept.get(param, {})
+                if "anchor" in old and "anchor" not in self.state.get(param, {}):
+                    self.state[param]["anchor"] = old["anchor"]
             if self._attached:
                 self.adopt_loaded_state()
                 return
             self._reset_caches()
-            known = {id(param) for _, param in self._given}
-            if all(id(param) in known for param in params):
-                self.init_state()  # else an engine loads before attach(), which takes the state over
+            if not self.state:
+                return
+            try:
+                self._follow_parameters()
+            except UnattachedError:
+                return  # an engine loads before attach(), which takes the state over
+            self.init_state()
 
         # Ours run next to the parameters: after every hook of the user's on the way in, before them on the way out.
         hooks = (

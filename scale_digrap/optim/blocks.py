@@ -28,7 +28,7 @@ class Piece:
         return self.rows * self.cols
 
     def of(self, local: Tensor) -> Tensor:
-        """``[rows, cols]`` of a local tensor; shares storage where that is contiguous."""
+        """``[rows, cols]`` of a local tensor, right for any strides; shares storage where that is contiguous."""
         if self.numel == local.numel():
             return local.reshape(self.rows, self.cols)
         return local.reshape(-1).narrow(0, self.start, self.numel).view(self.rows, self.cols)

@@ -29,6 +29,8 @@ from scale_digrap.optim.layerwise import DOT, DRIFT, GRAD, HAS_GRAD, Decision, L
 # A layer counts as one row (no row sums) with normalization="tensor" and below two dimensions: then DIRECTION holds
 # <g, δ'> and PREVIOUS ‖δ'‖², δ' = δ(t−1); else DIRECTION holds the sum of the cosines of the whole rows.
 DIRECTION, PREVIOUS = HAS_GRAD + 1, HAS_GRAD + 2
+# What the last step of a layer used, without which its δ(t−1) cannot be rebuilt: schedulers change any of them.
+PREVIOUS_OPTIONS = ("previous_lr", "previous_weight_decay", "previous_beta1", "previous_beta2", "previous_eps")
 
 
 class DiGraP(LayerwiseAdamW):
@@ -45,20 +47,32 @@ class DiGraP(LayerwiseAdamW):
         betas: Adam's (β1, β2) for the parameters.
         eps: Adam's ε, outside the root.
         weight_decay: decoupled weight decay λ towards zero, as in AdamW.
-        omega_lr: learning rate μ of ω.
+        omega_lr: learning rate μ of ω, at least 0; 0 keeps ω as it is.
         omega_betas: Adam's betas for ω.
-        omega_max: upper bound κ of ω.
-        normalization: ``"row"``, the sum over rows of row cosines; ``"tensor"``, one cosine for the layer.
+        omega_max: upper bound κ of ω, at least 0; 1 in the paper. Above 1 more than the conflicting part is removed.
+        normalization: ``"row"``, the sum over rows of row cosines, a row being ``tensor.view(shape[0], -1)[r]``;
+            ``"tensor"``, one cosine for the layer. On 2-D layers ``"row"`` is the authors' code. On convolutions it is
+            not: a row here is one output channel, while theirs takes cosines over dimension 1, the input channels, one
+            for each output channel and place in the kernel. Below two dimensions, which theirs refuses, a layer is one
+            row.
         project_when: ``"conflict"``, project where <g, δ> < 0; ``"agree"``, where it is > 0.
         anchor: ``"initial"``, the value when the state is created; ``"zero"``, nothing is stored (LoRA factors); a
             mapping from names to tensors of the unsharded shapes; ``None``, no anchor, plain AdamW (new heads).
         anchor_dtype: ``"auto"``, bfloat16 where every element of the layer survives it and float32 elsewhere;
             ``"float32"``; or ``"bfloat16"``, refused where not exact.
-        process_group: the ranks over which layers are complete; the world by default. Needed only where tensors do not
+        process_group: the ranks over which layers are complete. By default a sharded tensor's mesh tells, and plain
+            tensors of equal names and shapes are copies on all ranks, which is checked. Needed only where that does not
             tell, such as an optimizer that one pipeline stage or one rank alone steps.
+        torch_options: keywords of ``torch.optim.AdamW``. ``foreach`` and ``fused`` choose nothing here; ``amsgrad``,
+            ``maximize``, ``capturable`` and ``differentiable`` are refused unless they are False.
 
-    Every option but ``process_group`` can be set per group. Call :meth:`init_state` after sharding and loading the
-    pre-trained weights, or let the first ``step()`` do it.
+    Every option but ``process_group`` can be set per group, and changed between steps: what a step used is remembered
+    for the next. Keys of a group that are no options are kept and not used. The state may be replaced between steps
+    (moved to the host and back, emptied for a new trial): the next step follows. Where the moments are reset, it takes
+    the drift before it for that of the step before. Parameters and gradients may have any strides.
+
+    Parameters that a library replaces before the first step (Accelerate's FSDP2) are followed by order and shape.
+    Call :meth:`init_state` after sharding and loading the pre-trained weights, or let the first ``step()`` do it.
 
     Raises:
         ValueError: an option out of range or unknown, an anchor mapping that does not fit; at the latest by the first
@@ -77,8 +91,7 @@ class DiGraP(LayerwiseAdamW):
         "omega_exp_avg_sq",
         "conflict_sign",
         "conflict_count",
-        "previous_lr",
-        "previous_weight_decay",
+        *PREVIOUS_OPTIONS,
     )
     n_sums = PREVIOUS + 1
 
@@ -98,6 +111,7 @@ class DiGraP(LayerwiseAdamW):
         anchor: str | Mapping[str, Tensor] | None = "initial",
         anchor_dtype: str | torch.dtype = "auto",
         process_group: dist.ProcessGroup | None = None,
+        **torch_options: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,12 +126,10 @@ class DiGraP(LayerwiseAdamW):
             "anchor": anchor,
             "anchor_dtype": str(anchor_dtype).removeprefix("torch."),
         }
-        super().__init__(params, defaults, process_group)
+        super().__init__(params, defaults, process_group, torch_options)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
-        if not 0.0 <= group["omega_max"] <= 1.0:
-            raise ValueError(f"Invalid omega_max: {group['omega_max']} (must be in [0, 1])")
         for key, values in (("normalization", ("row", "tensor")), ("project_when", ("conflict", "agree"))):
             if group[key] not in values:
                 raise ValueError(f"Invalid {key}: {group[key]!r} (use {' or '.join(map(repr, values))})")
@@ -129,27 +141,34 @@ class DiGraP(LayerwiseAdamW):
         super()._after_pack()
         layout, device = self._layout, self._packed.device
         assert layout is not None
-        # What the last step of a layer used, without which its δ(t−1) cannot be rebuilt.
-        scalars = dict(zip(self.layer_scalars, self._packed.tolist(), strict=True))
-        self._host_lrs, self._host_decays = scalars["previous_lr"], scalars["previous_weight_decay"]
         self._one_row = torch.tensor([not layer.by_rows for layer in layout.layers], dtype=torch.bool, device=device)
         agree = [self._option(i, "project_when") == "agree" for i in range(len(self._names))]
         self._agree = torch.tensor(agree, dtype=torch.bool, device=device)
         self._slot_layer = layout.slot_layer.to(device)
 
-    def _history(self, index: int) -> tuple[int, float, float]:
-        """Steps taken, and α and λ of the last one."""
-        return self._host_steps[index], self._host_lrs[index], self._host_decays[index]
+    def _read_scalars(self) -> None:
+        super()._read_scalars()
+        self._host_previous = self._packed[-len(PREVIOUS_OPTIONS) :].T.tolist()
+
+    def _missing_scalar(self, index: int, key: str) -> float:
+        """Checkpoints that do not say what their last step used: it is taken to be what the groups say now."""
+        if key not in PREVIOUS_OPTIONS:
+            return super()._missing_scalar(index, key)
+        return _options_of(self.param_groups[self._group_of[index]])[PREVIOUS_OPTIONS.index(key)]
+
+    def _history(self, index: int) -> tuple[float, ...]:
+        """Steps taken, and α, λ, (β1, β2) and ε of the last one."""
+        return self._host_steps[index], *self._host_previous[index]
 
     def _more_sums(self, view: View, block: Block, history: tuple, sums: Tensor, row_sums: Tensor) -> None:
         """<g, δ'>, ‖δ'‖², or the cosines of whole rows; of straddling rows <g, δ'>, ‖g‖², ‖δ'‖²."""
-        step, lr, decay = history
+        step, lr, decay, beta1, beta2, eps = history
         if step == 0:
             return
-        space, group = self._workspace, self._groups[block.group]
+        space = self._workspace
         m, v = block.matrix("m", self._exp_avgs, space), block.matrix("v", self._exp_avg_sqs, space)
         previous = F.previous_drift(
-            view.p, view.drift, view.anchor, m, v, step, lr, decay, group["betas"], group["eps"], view.work
+            view.p, view.drift, view.anchor, m, v, step, lr, decay, (beta1, beta2), eps, view.work
         )
         previous_sq = F.row_squares(previous)
         dot = F.row_dots(view.g, previous, previous)
@@ -167,12 +186,13 @@ class DiGraP(LayerwiseAdamW):
 
     def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
         """ω, its moments, the sign of c and the projection scale ω c, 0 where a layer is not projected."""
-        groups = [
-            (g["omega_lr"], *g["omega_betas"], g["omega_max"], float(g["lr"]), g["weight_decay"]) for g in self._groups
-        ]
+        groups = [(g["omega_lr"], *g["omega_betas"], g["omega_max"]) for g in self._groups]
         options = torch.tensor(groups, dtype=torch.float64).to(sums.device)[self._group_index].unbind(1)
-        omega_lr, beta1, beta2, omega_max, lr, weight_decay = options
-        omega, exp_avg, exp_avg_sq, sign, _, previous_lr, previous_decay = self._packed.unbind()
+        omega_lr, beta1, beta2, omega_max = options
+        omega, exp_avg, exp_avg_sq, sign = self._packed[:4].unbind()
+        previous = self._packed[-len(PREVIOUS_OPTIONS) :]
+        options_now = torch.tensor([_options_of(group) for group in self._groups], dtype=torch.float64)
+        options_now = options_now.to(sums.device)[self._group_index].T
         zero = torch.zeros_like(omega)
 
         live = sums[HAS_GRAD] > 0
@@ -197,8 +217,7 @@ class DiGraP(LayerwiseAdamW):
             exp_avg.copy_(new_exp_avg)
             exp_avg_sq.copy_(new_exp_avg_sq)
             sign.copy_(torch.where(live, coefficient.sign(), sign))
-            previous_lr.copy_(torch.where(live, lr, previous_lr))
-            previous_decay.copy_(torch.where(live, weight_decay, previous_decay))
+            previous.copy_(torch.where(live, options_now, previous))
             self._remember(sums, live, omega=new_omega)
 
         return commit, torch.stack([scale, live.double(), finite.double().expand_as(scale)])
@@ -207,4 +226,9 @@ class DiGraP(LayerwiseAdamW):
         super()._update(grads, decision, layers)
         for i in layers:
             if decision.live[i]:
-                self._host_lrs[i], self._host_decays[i] = float(self._option(i, "lr")), self._option(i, "weight_decay")
+                self._host_previous[i] = _options_of(self._groups[self._group_of[i]])
+
+
+def _options_of(group: Mapping[str, Any]) -> list[float]:
+    """What a step with a group's options uses, in the order of :data:`PREVIOUS_OPTIONS`."""
+    return [float(value) for value in (group["lr"], group["weight_decay"], *group["betas"], group["eps"])]

@@ -15,6 +15,7 @@ A step needs three reductions: of q, of the rows that straddle ranks, and of the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from scale_digrap.optim import functional as F  # noqa: N812
 from scale_digrap.optim.blocks import Block
 from scale_digrap.optim.layerwise import GRAD, HAS_GRAD, Decision, LayerwiseAdamW, View
 
+logger = logging.getLogger(__name__)
+
 #: <g, C(t−1) / N(t−1)>, the gradient of the loss with respect to −γ.
 SLOPE = HAS_GRAD + 1
 _SMALLEST = 1e-8
@@ -35,7 +38,8 @@ DIRECTION = "direction"
 class AdamFTP(LayerwiseAdamW):
     r"""AdamW with Fast Trainable Projection, published as AdamP (no relation to NAVER's).
 
-    Takes the same parameters, anchors and ways of sharding as :class:`scale_digrap.DiGraP`.
+    Takes the same parameters, anchors and ways of sharding as :class:`scale_digrap.DiGraP`. With ``anchor="zero"``
+    (LoRA factors) the first step takes a layer back to 1e-8, as the authors' code does: a warning says so.
 
     Args:
         params, lr, betas, eps, weight_decay, anchor, anchor_dtype, process_group: as for :class:`scale_digrap.DiGraP`.
@@ -49,6 +53,7 @@ class AdamFTP(LayerwiseAdamW):
 
     layer_scalars = ("gamma", "gamma_exp_avg", "gamma_exp_avg_sq", "conflict_count")
     n_sums = SLOPE + 1
+    _warned = False
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class AdamFTP(LayerwiseAdamW):
         anchor: str | Mapping[str, Tensor] | None = "initial",
         anchor_dtype: str | torch.dtype = "auto",
         process_group: dist.ProcessGroup | None = None,
+        **torch_options: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,12 +82,7 @@ class AdamFTP(LayerwiseAdamW):
             "anchor": anchor,
             "anchor_dtype": str(anchor_dtype).removeprefix("torch."),
         }
-        super().__init__(params, defaults, process_group)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        super()._check_group(group)
-        if not 0.0 <= group["k"] <= 1.0:
-            raise ValueError(f"Invalid k: {group['k']} (must be in [0, 1])")
+        super().__init__(params, defaults, process_group, torch_options)
 
     def _by_rows(self, group: Mapping[str, Any]) -> bool:
         return group["anchor"] is not None
@@ -90,6 +91,7 @@ class AdamFTP(LayerwiseAdamW):
 
     def _init_tensors(self) -> None:
         super()._init_tensors()
+        self._warn_of_zero_anchors()
         for index in range(len(self._names)):
             state = self._state_of(index)
             if self._anchor_kind_of(index) is not None and DIRECTION not in state:
@@ -97,16 +99,28 @@ class AdamFTP(LayerwiseAdamW):
 
     def _bind(self) -> None:
         super()._bind()
-        assert self._layout is not None
-        states = [self._state_of(i) for i in range(len(self._names))]
-        self._directions = [
-            self._layout.local(i, state[DIRECTION]) if DIRECTION in state else None for i, state in enumerate(states)
-        ]
+        self._directions = self._held(DIRECTION)
+
+    def _release(self) -> None:
+        super()._release()
+        self._directions = []
 
     def _after_pack(self) -> None:
         super()._after_pack()
         assert self._layout is not None
         self._slot_layer = self._layout.slot_layer.to(self._packed.device)
+
+    def _warn_of_zero_anchors(self) -> None:
+        layers = [name for i, name in enumerate(self._names) if self._anchor_kind_of(i) == "zero"]
+        if not layers or self._warned or (dist.is_initialized() and dist.get_rank() != 0):
+            return
+        self._warned = True
+        logger.warning(
+            "AdamFTP's first step takes every anchored layer back to its anchor: the %d layers with anchor='zero', "
+            "first %r, lose their values (LoRA's A and B become 1e-8). Give them anchor='initial', "
+            "which holds them near where they begin, or anchor=None; or use DiGraP, AdamSPD or AdamL2SP",
+            len(layers), layers[0],
+        )  # fmt: skip
 
     # -- before the update ---------------------------------------------------------------------------------------------
 
@@ -171,12 +185,12 @@ class AdamFTP(LayerwiseAdamW):
             for piece, values, towards in parts:
                 target, kept = self._locals[piece.index], self._directions[piece.index]
                 assert kept is not None
-                if target.is_contiguous() and kept.is_contiguous():
+                if target.is_contiguous():
                     piece.of(target).copy_(values)
                     piece.of(kept).copy_(towards)
                 else:  # channels-last and the like: such a layer is one piece
-                    target.copy_(values.view(target.shape))
-                    kept.copy_(towards.view(kept.shape))
+                    target.copy_(values.reshape(target.shape))
+                    kept.copy_(towards.reshape(kept.shape))
 
     def _norms(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Row norms that only a reduction completes, and γ brought below the longest row of each layer.

@@ -85,7 +85,7 @@ def previous_drift(
     Args:
         params, drift, anchors, exp_avgs, exp_avg_sqs: ``[rows, cols]``.
         step: t − 1, at least 1.
-        lr, weight_decay: α and λ that step t − 1 used.
+        lr, weight_decay, betas, eps: α, λ, (β1, β2) and ε that step t − 1 used: schedulers change any of them.
         out: like ``params``, overwritten and returned.
     """
     # α m̂ / (√v̂ + ε) = k m / (√v + ε r), with the bias corrections in two scalars: two passes less.
@@ -164,9 +164,13 @@ def adamw_(
     host_steps: Sequence[int],
     options: dict[str, Any],
 ) -> None:
-    """AdamW in place, as ``torch.optim.AdamW`` (decoupled decay, ε outside the root).
+    """AdamW in place, as ``torch.optim.AdamW`` (decoupled decay, ε outside the root), whatever the strides.
+
+    The fused kernel walks through memory: it is right only where parameter, gradient and moments are dense and lie
+    alike. Others pass through copies that lie as the moments do.
 
     Args:
+        exp_avgs, exp_avg_sqs: dense, of equal strides.
         steps: 0-d float32 tensors on the parameters' device, already counting this step.
         host_steps: the same numbers on the host.
         options: ``lr`` (float), ``betas``, ``eps``, ``weight_decay``.
@@ -174,6 +178,40 @@ def adamw_(
     if not params:
         return
     lr, (beta1, beta2), eps, decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
+    strides = [m.stride() for m in exp_avgs]
+    grads = [_laid_out(g, m) if g.stride() != s or g.dtype != m.dtype else g
+             for g, m, s in zip(grads, exp_avgs, strides, strict=True)]  # fmt: skip
+    given = params
+    params = [_laid_out(p, m) if p.stride() != s else p for p, m, s in zip(given, exp_avgs, strides, strict=True)]
+    _adamw_alike_(params, grads, exp_avgs, exp_avg_sqs, steps, host_steps, lr, beta1, beta2, eps, decay)
+    for param, copy in zip(given, params, strict=True):
+        if copy is not param:
+            param.copy_(copy)
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of ``empty_like(tensor)``: the tensor's own where it is dense."""
+    return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
+
+
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(values)
+
+
+def _adamw_alike_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    host_steps: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """AdamW on tensors that are dense and lie alike."""
     if params[0].device.type in _FUSED_DEVICES:
         torch._fused_adamw_(
             params, grads, exp_avgs, exp_avg_sqs, [], steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_digrap.optim import functional as F  # noqa: N812
-from scale_digrap.optim.anchored import AnchoredOptimizer, UnattachedError
+from scale_digrap.optim.anchored import AnchoredOptimizer, StateError, UnattachedError
 from scale_digrap.optim.blocks import Block, Piece, make_blocks
 from scale_digrap.optim.telemetry import LayerStats
 
@@ -72,10 +73,16 @@ class LayerwiseAdamW(AnchoredOptimizer):
     #: Rows of the packed sums.
     n_sums = HAS_GRAD + 1
 
-    def __init__(self, params: Any, defaults: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None = None,
+        torch_options: Mapping[str, Any] | None = None,
+    ) -> None:
         #: Steps left out for all layers on all ranks because a sum was not finite.
         self.skipped_steps = 0
-        super().__init__(params, defaults, process_group)
+        super().__init__(params, defaults, process_group, torch_options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -85,6 +92,11 @@ class LayerwiseAdamW(AnchoredOptimizer):
         super()._reset_caches()
         self._last: dict[str, Tensor] = {}
         self._decision: Decision | None = None
+
+    def _fill_state(self) -> None:
+        last = self._last if self._shown else {}
+        super()._fill_state()
+        self._last = last  # telemetry tells of the last step, whatever a client has done since
 
     # -- what a method is ----------------------------------------------------------------------------------------------
 
@@ -111,37 +123,106 @@ class LayerwiseAdamW(AnchoredOptimizer):
     # -- set-up --------------------------------------------------------------------------------------------------------
 
     def _after_pack(self) -> None:
-        """Rebuild what follows from layout and state: views of the moments, blocks, host copies of the steps."""
+        """Rebuild what follows from layout and state: blocks, host copies of the scalars, ‖θ0‖²."""
         layout, count = self._layout, len(self._names)
         assert layout is not None
         self._last = {}
         self._groups: Sequence[dict[str, Any]] = self.param_groups
-        self._bind()
         self._step_views = list(self._steps.unbind())
-        self._host_steps = [int(step) for step in self._steps.tolist()]
+        self._read_scalars()
         device = self._packed.device
         self._group_index = torch.tensor(self._group_of, dtype=torch.int64, device=device)
-        anchored = [self._anchor_kind_of(i) is not None for i in range(count)]
-        self._anchored = torch.tensor(anchored, dtype=torch.bool, device=device)
+        # Told here: ZeRO hides parameter groups during a step.
+        self._has_anchor = [self._anchor_kind_of(i) is not None for i in range(count)]
+        self._anchored = torch.tensor(self._has_anchor, dtype=torch.bool, device=device)
         self._workspace = F.Workspace(device)
-        kinds = [(self._group_of[i], anchored[i], anchor is not None) for i, anchor in enumerate(self._anchors)]
-        self._blocks = make_blocks(layout, self._locals, kinds, device)
         # Constant, and sent with every step's sums: ‖θ0‖ then needs no collective of its own.
         self._anchor_sums = torch.zeros(count, dtype=torch.float64, device=device)
-        for index, anchor in enumerate(self._anchors):
-            if anchor is not None and anchor.numel():
-                parts = anchor.reshape(-1).split(1 << 22)
-                self._anchor_sums[index] = sum(part.float().square().sum(dtype=torch.float64) for part in parts)
+        self._anchors_seen: list[Any] = [None] * count
+        self._kinds: list[tuple] = []
+        self._bind()
+        self._release()
+
+    def _read_scalars(self) -> None:
+        """Host copies of the scalars that the sums need, taken anew where a client has written to the state."""
+        self._host_steps = [int(step) for step in self._steps.tolist()]
+        self._note_scalars()
+
+    def _note_scalars(self) -> None:
+        self._versions = self._steps._version, self._packed._version
 
     def _bind(self) -> None:
-        """Every layer's local elements: of its parameter, its moments and its anchor."""
-        layout, indices = self._layout, range(len(self._names))
+        """Every layer's local elements: of its parameter, its moments and its anchor.
+
+        Held for one training step only. Between two steps the state belongs to ``self.state``: whoever moves it to the
+        host frees the memory, and whoever replaces it is followed.
+
+        Raises:
+            StateError: a tensor of the state of another shape, dtype or device than its layer.
+        """
+        layout, count = self._layout, len(self._names)
         assert layout is not None
-        states = [self._state_of(i) for i in indices]
-        self._locals = [layout.local(i, self._tensor_of(i)) for i in indices]
-        self._exp_avgs = [layout.local(i, states[i]["exp_avg"]) for i in indices]
-        self._exp_avg_sqs = [layout.local(i, states[i]["exp_avg_sq"]) for i in indices]
-        self._anchors = [layout.local(i, states[i]["anchor"]) if "anchor" in states[i] else None for i in indices]
+        self._locals = [layout.local(i, self._tensor_of(i)) for i in range(count)]
+        self._strides = [F.dense_strides(param) for param in self._locals]
+        self._exp_avgs = self._held("exp_avg")
+        self._exp_avg_sqs = self._held("exp_avg_sq")
+        self._anchors = self._held("anchor")
+        for index, anchor in enumerate(self._anchors):
+            seen, state = self._anchors_seen[index], self._state_of(index)
+            if anchor is None or (seen is not None and seen() is state["anchor"]):
+                continue
+            self._anchors_seen[index] = weakref.ref(state["anchor"])
+            parts = anchor.reshape(-1).split(1 << 22)
+            self._anchor_sums[index] = sum(part.float().square().sum(dtype=torch.float64) for part in parts)
+        kinds = [
+            (self._group_of[i], self._has_anchor[i], self._anchors[i] is not None, p.is_contiguous())
+            for i, p in enumerate(self._locals)
+        ]
+        if kinds != self._kinds:
+            self._kinds = kinds
+            self._blocks = make_blocks(layout, self._locals, [kind[:3] for kind in kinds], self._packed.device)
+
+    def _held(self, key: str) -> list[Any]:
+        """One kind of state of all layers, where the layers' strides say that it should lie; ``None`` where there is
+        none."""
+        layout = self._layout
+        assert layout is not None
+        found: list[Any] = []
+        for index, param in enumerate(self._locals):
+            whole = self._state_of(index).get(key)
+            if whole is None:
+                found.append(None)
+                continue
+            here = layout.local(index, whole)
+            if not param.numel():
+                found.append(here)
+                continue
+            if here.shape != param.shape or here.device != param.device or not self._fits(key, here, param):
+                raise StateError(
+                    f"{key} of layer {self._names[index]!r} is {tuple(here.shape)} {here.dtype} on {here.device}, but "
+                    f"the layer is {tuple(param.shape)} {param.dtype} on {param.device}: put the state back as it was "
+                    "before step()"
+                )
+            if here.stride() != self._strides[index]:
+                here = layout.local(index, self._lay_out(index, key, whole))
+            found.append(here)
+        return found
+
+    @staticmethod
+    def _fits(key: str, here: Tensor, param: Tensor) -> bool:
+        return here.dtype == param.dtype or (key == "anchor" and here.dtype.is_floating_point)
+
+    def _lay_out(self, index: int, key: str, whole: Tensor) -> Tensor:
+        """The same values in the strides of the layer, put into its state."""
+        layout, tensor = self._layout, self._tensor_of(index)
+        assert layout is not None
+        fresh = torch.empty_like(tensor, dtype=whole.dtype, requires_grad=False)
+        layout.local(index, fresh).copy_(layout.local(index, whole))
+        self.state[tensor][key] = fresh
+        return fresh
+
+    def _release(self) -> None:
+        self._locals, self._exp_avgs, self._exp_avg_sqs, self._anchors = [], [], [], []
 
     def _option(self, index: int, key: str) -> Any:
         return self._groups[self._group_of[index]][key]
@@ -187,17 +268,20 @@ class LayerwiseAdamW(AnchoredOptimizer):
             return loss
         turn = layout.turn(self.param_groups)
         self._groups = turn.groups
-        if layout.rebound(self.state):
-            self._bind()
-        elif not self._attached:
-            self._locals = [layout.local(i, param) for i, param in enumerate(layout.tensors)]
         if turn.first:
+            layout.mend(self.state)
+            self._bind()
+            if self._packed.device.type == "cpu" or self._versions != (self._steps._version, self._packed._version):
+                self._read_scalars()
             grads = self._complete(layout.local_grads())
             self._decision = self._decide(*grads)
         else:
             grads = self._complete(layout.local_grads(turn.layers), turn.layers)
         if self._decision is not None:
             self._update(grads[0], self._decision, turn.layers)
+        self._note_scalars()
+        if turn.last:
+            self._release()
         return loss
 
     def _complete(
@@ -223,6 +307,8 @@ class LayerwiseAdamW(AnchoredOptimizer):
         layout = self._layout
         assert layout is not None
         sums, row_sums = self._local_sums(grads, present)
+        if layout.copies_assumed:
+            layout.prove_copies(sums[GRAD], present)
         layout.reduce_(sums, row_sums)
         commit, report = self._layer_math(sums, row_sums)
 
@@ -336,7 +422,7 @@ class LayerwiseAdamW(AnchoredOptimizer):
                     targets.append([piece.of(tensor) for tensor in tensors])
                 else:  # channels-last and the like: such a layer is one piece, updated in its own strides
                     targets.append(list(tensors))
-                    parts[k] = torch.empty_like(tensors[0]).copy_(parts[k].view(tensors[0].shape))
+                    parts[k] = parts[k].view(tensors[0].shape)
             p, m, v = (list(column) for column in zip(*targets, strict=True))
             self._adamw(self._groups[block.group], p, parts, m, v, [piece.index for piece in pieces])
 
@@ -344,7 +430,8 @@ class LayerwiseAdamW(AnchoredOptimizer):
             self._count_held(layers, self._host_steps)
 
     def _adamw(self, group: Mapping[str, Any], p: list, g: list, m: list, v: list, indices: list[int]) -> None:
-        options = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
+        options: dict[str, Any] = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        options["betas"] = tuple(float(beta) for beta in group["betas"])
         steps = [self._step_views[index] for index in indices]
         F.adamw_(p, g, m, v, steps, [self._host_steps[index] for index in indices], options)
 

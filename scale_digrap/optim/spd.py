@@ -51,6 +51,7 @@ class AdamSPD(LayerwiseAdamW):
         anchor: str | Mapping[str, Tensor] | None = "initial",
         anchor_dtype: str | torch.dtype = "auto",
         process_group: dist.ProcessGroup | None = None,
+        **torch_options: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,7 +62,7 @@ class AdamSPD(LayerwiseAdamW):
             "anchor": anchor,
             "anchor_dtype": str(anchor_dtype).removeprefix("torch."),
         }
-        super().__init__(params, defaults, process_group)
+        super().__init__(params, defaults, process_group, torch_options)
 
     def _layer_math(self, sums: Tensor, row_sums: Tensor) -> tuple[Callable[[], None], Tensor]:
         """Which layers are selected."""

@@ -18,6 +18,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor knows of other ranks: it was sharded, or placed on a mesh."""
+    return isinstance(tensor, DTensor)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory, as after ``expand``."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return not isinstance(tensor, DTensor) and any(stride == 0 and size > 1 for size, stride in strides)
+
+
 def local_grad(param: Tensor) -> Tensor | None:
     """The local gradient, laid out exactly as the parameter; ``None`` where there is none.
 
@@ -123,9 +134,9 @@ def placement(param: Tensor) -> Placement:
         return Placement(shape, 1, _block(shape, None))
     mesh, here = param.device_mesh, param.to_local()
     dims = sharded_dims(param)
-    shards = shard_count(param)
+    shards, ranks = shard_count(param), tuple(mesh.mesh.flatten().tolist())
     if here.numel() == 0:
-        return Placement(shape, shards, ())
+        return Placement(shape, shards, (), ranks=ranks)
     row_ids = None
     if any(getattr(param.placements[i], "dim", None) != 0 for i in dims):
         # Cut across the rows: other ranks hold the rest of each.
@@ -140,7 +151,7 @@ def placement(param: Tensor) -> Placement:
                 f"parameter of shape {tuple(shape)} on {param.placements}: {here.shape[0]} local rows, "
                 f"{len(row_ids)} expected; this kind of uneven sharding is not supported"
             )
-    return Placement(shape, shards, _block(here.shape, row_ids))
+    return Placement(shape, shards, _block(here.shape, row_ids), ranks=ranks)
 
 
 def _block(shape: torch.Size, row_ids: Tensor | None) -> tuple[RowRun, ...]:

@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from scale_digrap.sharding.placement import Placement, RowRun, flat_runs
@@ -34,23 +35,24 @@ def placements(params: Sequence[Tensor]) -> dict[int, Placement]:
 
     found: dict[int, Placement] = {}
     for handle in [obj for obj in gc.get_objects() if isinstance(obj, FlatParamHandle)]:
-        flat = handle.flat_param
+        flat, ranks = handle.flat_param, tuple(dist.get_process_group_ranks(handle.process_group))
         for param, shape, info in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=True):
             if id(param) not in wanted:
                 continue
             if not handle.uses_sharded_strategy:
                 rows = shape[0] if shape else 1
-                runs = (RowRun(0, rows, math.prod(shape) // rows),)
-                found[id(param)] = Placement(shape, 1, runs)
+                whole = (RowRun(0, rows, math.prod(shape) // rows),)
+                found[id(param)] = Placement(shape, 1, whole, ranks=ranks)
                 continue
             shards = handle.process_group.size()
             if not info.in_shard:
-                found[id(param)] = Placement(shape, shards, (), offset=0)
+                found[id(param)] = Placement(shape, shards, (), offset=0, ranks=ranks)
                 continue
             assert info.intra_param_start_idx is not None
             assert info.intra_param_end_idx is not None
             start, stop = info.intra_param_start_idx, info.intra_param_end_idx + 1
-            found[id(param)] = Placement(shape, shards, flat_runs(shape, start, stop), offset=start)
+            runs = flat_runs(shape, start, stop)
+            found[id(param)] = Placement(shape, shards, runs, offset=start, ranks=ranks)
     if missing := wanted - set(found):
         raise ValueError(
             f"{len(missing)} parameters were flattened by FSDP1 but their FSDP unit is gone; "

@@ -8,6 +8,7 @@ sharding requires is behind this class and the :class:`Placement` that describes
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.sharding import dtensor, fsdp1
 from scale_digrap.sharding.placement import Placement, RowRun
+
+_PICKED = 32  # elements of a layer that are compared over the ranks
+
+
+class LayoutError(ScaleDigrapError, ValueError):
+    """Which ranks hold a layer could not be told, or is not as they say."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,13 @@ class Turn:
             that step their tensors one after another make several calls in one training step.
         layers: the layers whose tensors are to be updated in this call.
         groups: all parameter groups, also those that an engine hides during this call.
+        last: whether the training step ends with this call.
     """
 
     first: bool
     layers: Sequence[int]
     groups: Sequence[dict[str, Any]]
+    last: bool = True
 
 
 @dataclass
@@ -51,8 +61,13 @@ class ShardLayout:
     """The layers of one optimizer, their local pieces, and the one reduction that completes their sums.
 
     Building it is a collective call over ``process_group`` (the world where it is ``None``): every rank passes the same
-    layers in the same order. Ranks that hold other layers (pipeline stages) are told apart by name and shape and get a
-    reduction of their own.
+    layers in the same order. Ranks that hold other layers (pipeline stages) get a reduction of their own: sharded
+    tensors tell which ranks complete them; plain ones are told apart by name and shape, and are proven to be copies
+    of each other by their values, and in the first step by their gradients.
+
+    Raises:
+        LayoutError: a rank lacks layers that its mesh says it holds; plain layers of equal names and shapes that are no
+            copies of each other.
 
     Attributes:
         layers: the layers, in the optimizer's order.
@@ -86,6 +101,8 @@ class ShardLayout:
             for layer, placed in zip(self.layers, self.placements, strict=True)
         ]
         self.world_size = 1
+        # Whether only names and shapes say that the ranks hold copies of the same layers, and no gradient has yet.
+        self.copies_assumed = False
         if dist.is_available() and dist.is_initialized():
             straddling = self._agree(straddling)
         self.slots = []
@@ -111,33 +128,107 @@ class ShardLayout:
         identity = hashlib.sha256(
             repr([(layer.name, tuple(layer.shape)) for layer in self.layers]).encode()
         ).hexdigest()
+        linked = sorted({rank for placed in self.placements for rank in placed.ranks or ()})
         gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (identity, packed), group=group)
-        identities = [name for name, _ in gathered]
-        if len(set(identities)) > 1:
-            if group is not None:
-                raise ValueError(
+        dist.all_gather_object(gathered, (identity, packed, linked), group=group)
+        identities = [name for name, _, _ in gathered]
+        if group is not None:
+            if len(set(identities)) > 1:
+                raise LayoutError(
                     f"the {len(identities)} ranks of process_group hold {len(set(identities))} different sets of"
                     " layers; pass the group of the ranks that hold the same layers (one pipeline stage)"
                 )
-            for name in sorted(set(identities)):
-                ranks = [rank for rank, other in enumerate(identities) if other == name]
-                subgroup = dist.new_group(ranks)  # every rank takes part in the making of every group
-                if name == identity:
-                    self.process_group = subgroup
-            gathered = [item for item in gathered if item[0] == identity]
+        else:
+            sets = _sets_of_ranks(identities, [ranks for _, _, ranks in gathered])
+            here = next(ranks for ranks in sets if dist.get_rank() in ranks)
+            if len(sets) > 1:
+                for ranks in sets:
+                    subgroup = dist.new_group(ranks)  # every rank takes part in the making of every group
+                    if ranks is here:
+                        self.process_group = subgroup
+            gathered = [gathered[rank] for rank in here]
         self.world_size = len(gathered)
+        if not linked and self.world_size > 1:
+            self._compare_copies()
+            self.copies_assumed = True
         union: list[list[int] | None] = []
         for index, layer in enumerate(self.layers):
             if not layer.by_rows:
                 union.append(None)
                 continue
             rows: set[int] = set()
-            for _, theirs in gathered:
+            for _, theirs, _ in gathered:
                 part = theirs[index]
                 rows.update(range(part) if isinstance(part, int) else part)
             union.append(sorted(rows))
         return union
+
+    @torch.no_grad()
+    def _compare_copies(self) -> None:
+        """Prove by value that plain layers are copies of each other; collective.
+
+        Raises:
+            LayoutError: on every rank, naming the first layer that is none.
+        """
+        rows = []
+        for index in range(len(self.layers)):
+            values = self.local(index, self.tensors[self.holders[index]]).detach()
+            picked = torch.zeros(_PICKED + 1, dtype=torch.float64)
+            if values.numel():
+                wide = values.reshape(-1)
+                at = torch.linspace(0, wide.numel() - 1, _PICKED, dtype=torch.float64, device=wide.device).long()
+                picked[:_PICKED] = wide[at].double().cpu()
+                picked[_PICKED] = torch.linalg.vector_norm(wide, dtype=torch.float64).cpu()
+            rows.append(picked)
+        if not rows:
+            return
+        figures = torch.stack(rows)
+        low, high = self._extremes(figures)
+        size = torch.maximum(low.abs(), high.abs())
+        size[:, :_PICKED] = size[:, :_PICKED].amax(1, keepdim=True)
+        differs = ((high - low) > 1e-3 * size).any(1)
+        self._refuse_copies(differs, "values")
+
+    @torch.no_grad()
+    def prove_copies(self, grad_sq: Tensor, present: Sequence[bool]) -> None:
+        """Prove by their gradients that plain layers are copies of each other, once; collective until that is done.
+
+        Args:
+            grad_sq: float64 ``[n_layers]``, this rank's ‖g‖².
+            present: for each layer, whether it has a gradient on this rank.
+
+        Raises:
+            LayoutError: on every rank, naming the first layer whose gradients differ.
+        """
+        here = torch.tensor(present, dtype=torch.bool)
+        figures = grad_sq.detach().cpu()
+        low, high = self._extremes(figures, here)
+        if not torch.isfinite(high[high > -math.inf]).all():  # nan or inf: the step is left out
+            return
+        differs = (high > -math.inf) & ((high - low) > 1e-3 * high)
+        self._refuse_copies(differs, "gradients")
+        self.copies_assumed = not bool((high > 0).any())
+
+    def _extremes(self, figures: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest of all ranks' figures, on the host; those that are not valid do not count."""
+        both = torch.stack([-figures, figures])
+        if valid is not None:
+            both = torch.where(valid, both, -math.inf)
+        both = both.to(self.comm_device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.process_group)
+        low, high = both.cpu()
+        return -low, high
+
+    def _refuse_copies(self, differs: Tensor, what: str) -> None:
+        if not bool(differs.any()):
+            return
+        name = self.layers[int(differs.nonzero()[0])].name
+        raise LayoutError(
+            f"layer {name!r} and {int(differs.sum()) - 1} more have the same name and shape on {self.world_size} "
+            f"ranks, but other {what}: are these copies (broadcast the weights, average the gradients, as DDP does) or "
+            "other layers (give every pipeline stage's layers names of their own, or pass process_group=, the ranks "
+            "that hold the same layers)?"
+        )
 
     def local(self, index: int, tensor: Tensor) -> Tensor:
         """A layer's local elements in the tensor that holds it, or in a state tensor made like that; under ``no_grad``.
@@ -176,9 +267,8 @@ class ShardLayout:
         """What one call of ``step()`` is to do."""
         return Turn(True, range(len(self.layers)), param_groups)
 
-    def rebound(self, state: Mapping[Any, dict[str, Any]]) -> bool:
-        """Whether tensors of the state, or the storages behind them, were replaced since the last call."""
-        return False
+    def mend(self, state: Mapping[Any, dict[str, Any]]) -> None:
+        """Undo, before a training step, what an engine's loader has done to the tensors of the state."""
 
     @property
     def n_slots(self) -> int:
@@ -231,6 +321,41 @@ class ShardLayout:
             counts = flags.to(self.comm_device, torch.float32)
             dist.all_reduce(counts, group=self.process_group)
             flags.copy_(counts > 0)
+
+
+def _sets_of_ranks(identities: Sequence[str], linked: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The ranks whose sums belong together, in order.
+
+    Args:
+        identities: for each rank of the world, what layers it holds.
+        linked: for each rank, the ranks that hold its sharded layers; empty where all of them are plain tensors.
+
+    Raises:
+        LayoutError: ranks that complete each other's layers hold different ones.
+    """
+    root = list(range(len(identities)))
+
+    def find(rank: int) -> int:
+        while root[rank] != rank:
+            rank = root[rank]
+        return rank
+
+    plain: dict[str, int] = {}
+    for rank, others in enumerate(linked):
+        # Without a sharded layer nothing but names and shapes tells which ranks hold the same.
+        for other in others or [plain.setdefault(identities[rank], rank)]:
+            low, high = sorted((find(rank), find(other)))
+            root[high] = low
+    sets: dict[int, list[int]] = {}
+    for rank in range(len(identities)):
+        sets.setdefault(find(rank), []).append(rank)
+    for first, ranks in sets.items():
+        for other in [rank for rank in ranks if identities[rank] != identities[first]]:
+            raise LayoutError(
+                f"ranks {first} and {other} are in one device mesh but gave the optimizer different layers: give it "
+                "the same names and parameters, in the same order, on all ranks of a mesh"
+            )
+    return list(sets.values())
 
 
 def layout_for(

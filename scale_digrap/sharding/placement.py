@@ -41,12 +41,15 @@ class Placement:
         runs: the local rows; empty for an empty shard.
         offset: where the local tensor is a 1-D slice of the flattened layer, the place of its first element in the
             layer; ``None`` where it is an N-D block.
+        ranks: global ranks that hold this layer by the word of the tensor itself (its mesh, its process group);
+            ``None`` where nothing tells, as for a plain tensor.
     """
 
     shape: torch.Size
     shards: int
     runs: tuple[RowRun, ...]
     offset: int | None = None
+    ranks: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:

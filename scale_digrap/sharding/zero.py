@@ -203,11 +203,12 @@ class ZeroLayout(ShardLayout):
         self.table, self._zero = table, zero
         self.model_names = list(names if model_names is None else model_names)
         layers, placements = [], []
+        ranks = tuple(dist.get_process_group_ranks(table.process_group or dist.group.WORLD))
         for param, segment, name, rows in zip(table.params, table.segments, names, by_rows, strict=True):
             shape = full_shape(param)
             runs = flat_runs(shape, segment.offset, segment.offset + segment.numel)
             layers.append(Layer(name, shape, rows and len(shape) > 1))
-            placements.append(Placement(shape, table.shards, runs, offset=segment.offset))
+            placements.append(Placement(shape, table.shards, runs, offset=segment.offset, ranks=ranks))
         self.used: set[int] | None = None
         """The layers that the coming training step moves, where the engine's user knows better than the engine, which
         gives every layer a gradient; the same on all ranks. For one step."""
@@ -218,7 +219,6 @@ class ZeroLayout(ShardLayout):
         self._decided = False
         self._steps = 0
         self._probes: dict[int, Tensor] = {}
-        self._storages: list[Any] = []
         self._anchor_dtypes: dict[int, torch.dtype] = {}
         super().__init__(layers, placements, table.flats, table.device, table.process_group)
         self._number = {id(flat): k for k, flat in enumerate(table.flats)}
@@ -282,7 +282,8 @@ class ZeroLayout(ShardLayout):
         first, self._decided = not self._decided, True
         self._pending -= self._visible
         self._compare_probes()
-        return Turn(first, [i for i, k in enumerate(self.holders) if k in self._visible], self._groups)
+        layers = [i for i, k in enumerate(self.holders) if k in self._visible]
+        return Turn(first, layers, self._groups, last=not self._pending)
 
     def local_grads(self, indices: Sequence[int] | None = None) -> list[Tensor | None]:
         which = range(len(self.layers)) if indices is None else indices
@@ -342,21 +343,14 @@ class ZeroLayout(ShardLayout):
 
     # -- state that the library replaces -------------------------------------------------------------------------------
 
-    def rebound(self, state: Mapping[Any, dict[str, Any]]) -> bool:
-        """Also undoes the cast of an anchor: loading a Universal Checkpoint widens it to fp32."""
-        storages: list[Any] = []
+    def mend(self, state: Mapping[Any, dict[str, Any]]) -> None:
+        """Undo the cast of an anchor: loading a Universal Checkpoint widens it to fp32."""
         for k, flat in enumerate(self.tensors):
-            own = state[flat]
-            anchor = own.get("anchor")
+            anchor = state[flat].get("anchor")
             if anchor is not None:
                 dtype = self._anchor_dtypes.setdefault(k, anchor.dtype)
                 if anchor.dtype != dtype:
-                    anchor = own["anchor"] = anchor.to(dtype)
-            # Whatever a method keeps per element: moments, anchor, FTP's direction.
-            kept = [own[key] for key in sorted(own) if isinstance(own[key], Tensor) and own[key].shape == flat.shape]
-            storages.append([tensor.data_ptr() for tensor in (flat, *kept)])
-        changed, self._storages = storages != self._storages, storages
-        return changed
+                    state[flat]["anchor"] = anchor.to(dtype)
 
 
 def _early_gradient(zero: Any, holder: int, numel: int) -> list[Tensor]:

@@ -267,7 +267,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(dist_pool):
         ({"eps": -1e-8}, "Invalid epsilon"),
         ({"weight_decay": -0.1}, "Invalid weight_decay"),
         ({"omega_lr": -0.5}, "Invalid omega_lr"),
-        ({"omega_max": 1.5}, r"Invalid omega_max: 1.5 \(must be in \[0, 1\]\)"),
+        ({"omega_max": -0.5}, r"Invalid omega_max: -0.5 \(must be at least 0\)"),
         ({"normalization": "rows"}, "Invalid normalization: 'rows' .use 'row' or 'tensor'"),
         ({"project_when": "always"}, "Invalid project_when: 'always'"),
         ({"anchor": "pretrained"}, "Invalid anchor: 'pretrained'"),
