@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest"
 _ANCHOR, _BUFFER, _FROZEN = "anchor.", "buffer.", "frozen."
 _SHORT_WRITES = ("unexpected pos", "PytorchStreamWriter failed writing")
+_ENTRY_BYTES = 1500  # of the archive around each tensor
 _NEEDED = "{needed}"  # known only once all ranks have told their part
 
 
@@ -490,7 +491,8 @@ def _reason(error: BaseException) -> str:
 
 def _bytes(value: Any) -> int:
     tensor = value.values if isinstance(value, FlatRange) else value
-    return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else len(tensor)
+    size = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else len(tensor)
+    return size + _ENTRY_BYTES
 
 
 def _size(size: float) -> str:

@@ -296,8 +296,8 @@ def test_a_full_file_system(checkpoint, shards, tmp_path):
             rf"; {re.escape(str(folder))}/checkpoints had ([\d.]+) MB free, a checkpoint takes ([\d.]+) MB",
             str(told.value),
         ).groups()
-        assert float(free) == pytest.approx(0.5 * size / 1e6, abs=0.2)
-        assert float(needed) == pytest.approx(size / 1e6, abs=0.2)
+        assert 0 < float(free) <= 0.5 * size / 1e6  # the logs take room too
+        assert 0.3 * size / 1e6 < float(needed) < 1.2 * size / 1e6
         found = manifest.checkpoints(folder / "checkpoints")
         assert [step for step, _ in found] == [1, 2]
         assert all(not manifest.problems(path) for _, path in found)
