@@ -38,6 +38,7 @@ from scale_digrap.evaluation.statistics import (
     units,
 )
 from scale_digrap.evaluation.suites import Suite
+from scale_digrap.runtime.secrets import mask
 from scale_digrap.runtime.text import TextError, printable, read_json
 from scale_digrap.runtime.typed import fits, structured
 
@@ -383,7 +384,10 @@ class Comparison:
             "seeds": self.seeds,
             "methods": [asdict(method) for method in self.methods],
             "pairs": self.pairs,
-            "suites": [{**asdict(suite), "questions": self.questions(suite.name)} for suite in self.suites],
+            "suites": [
+                {**asdict(suite), "shards": list(map(mask, suite.shards)), "questions": self.questions(suite.name)}
+                for suite in self.suites
+            ],
             "columns": [asdict(column) for column in self.columns],
             "table": {
                 method: {column: cell and asdict(cell) for column, cell in row.items()}

@@ -201,8 +201,8 @@ def test_every_string_of_the_launch_file_is_refused_in_one_line_or_stays_a_value
             told.append(str(error))
     assert all(line.isprintable() for line in told), told
     control = any(mark in value for mark in "\n\r\t\0\x1b\u2028\u202e\udce9")
-    if control:
-        assert taken == [] or value == "\t"
+    if control or "${" in value:  # an interpolation of a name that does not exist
+        assert taken == []
         return
     assert {("slurm", "account"), ("slurm", "extra", "*"), ("kubernetes", "shm"), ("environment", "=")} <= {
         *taken, *([("slurm", "extra", "*")] if not value.startswith("-") else []),
