@@ -60,11 +60,3 @@ def test_a_report_of_such_labels_is_written(tmp_path):
         for method in found.methods:
             assert method.label in unescape(page)
         json.loads((tmp_path / str(number) / "results.json").read_text(encoding="utf-8"))
-
-
-def test_results_hold_no_password_of_a_store(tmp_path):
-    made = comparison(questions=20)
-    suites = [dataclasses.replace(one, shards=("https://me:hunter2@host/a.tar?sig=5ecret",)) for one in made.suites]
-    stored = dataclasses.replace(made, suites=suites).to_json(tmp_path)
-    assert stored["suites"][0]["shards"] == ["https://***@host/a.tar?sig=***"]
-    assert "hunter2" not in json.dumps(stored)
