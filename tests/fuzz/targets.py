@@ -8,7 +8,7 @@ from tests.fuzz.cases import Target
 TARGETS: dict[str, Target] = {
     "tar headers": Target(shard_readers.shards, {r".*\.tar": mutate.mutated_tar}, shard_readers.read_shards, cost=2),
     "shard indexes": Target(
-        shard_readers.indexed, {r".*\.idx": mutate.mutated_index}, shard_readers.read_indexed, refuses=False
+        shard_readers.indexed, {r".*\.idx": mutate.mutated_index}, shard_readers.read_indexed, cost=2, refuses=False
     ),
     "shard manifests": Target(
         shard_readers.indexed, {r"manifest\.json": mutate.mutated_json}, shard_readers.read_manifest
@@ -20,10 +20,10 @@ TARGETS: dict[str, Target] = {
         cost=4,
     ),
     "checkpoint manifests": Target(
-        run_readers.checkpoint, {r".*/manifest\.json": run_readers.sealed}, run_readers.read_checkpoint
+        run_readers.checkpoint, {r".*/manifest\.json": run_readers.sealed}, run_readers.read_checkpoint, cost=2
     ),
     "trainer.json": Target(
-        run_readers.checkpoint, {r".*/trainer\.json": mutate.mutated_json}, run_readers.read_checkpoint
+        run_readers.checkpoint, {r".*/trainer\.json": mutate.mutated_json}, run_readers.read_checkpoint, cost=2
     ),
     "checkpoint metadata": Target(
         run_readers.checkpoint, {r".*/state/(\.metadata|.*\.json)": mutate.mutated_bytes}, run_readers.read_checkpoint

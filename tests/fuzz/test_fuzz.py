@@ -22,22 +22,6 @@ from tests.fuzz.targets import TARGETS
 pytestmark = pytest.mark.timeout(0)  # its alarm is the one of each case; guard.py has its own bounds
 
 _SHOWN = 12
-_NOT_YET = {
-    "shard indexes",
-    "shard manifests",
-    "annotation files",
-    "checkpoint manifests",
-    "trainer.json",
-    "checkpoint metadata",
-    "logs",
-    "train configurations",
-    "overrides",
-    "evaluate configurations",
-    "launch files",
-    "results",
-    "parts of predictions",
-}
-"""Readers that still end some inputs with a traceback."""
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +45,7 @@ def test_what_is_not_mutated_is_read_without_an_error(name, whole, tmp_path, mon
     TARGETS[name].read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="its reader does not hold yet")) if name in _NOT_YET else name
-        for name in TARGETS
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_mutations_give_a_line_or_work(name, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
