@@ -277,6 +277,9 @@ def summarise(rows: Iterable[Row]) -> str:
         "outcomes: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()),
         "commits: " + ", ".join(f"{name or '?'} {count}" for name, count in commits.most_common()),
     ]
+    drawn = {row.point for row in rows}
+    if len(drawn) < len(order):
+        lines.append("points that no seed has drawn: " + ", ".join(point for point in order if point not in drawn))
     lines += [
         f"seed {row.seed}: {row.engine}, {row.point} (call {row.call}, rank {row.rank}, background {row.background}): "
         f"{row.outcome}: {row.detail}"

@@ -69,6 +69,7 @@ def test_the_table_of_kills_counts_every_row_and_names_those_that_were_not_survi
     text = kills.summarise(rows)
     assert "forward    step 1 ×2" in text
     assert "4 kills, 2 survived, 1 not reached, 1 not survived; 1 with a background writer" in text
+    assert "points that no seed has drawn: the configuration, after the loss, a reduction," in text
     assert text.splitlines()[-1].startswith("seed 5: zero3, a moment (call 812, rank None, background False)")
 
 
