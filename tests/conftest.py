@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--kill-report", type=Path, metavar="FILE", help="append a row each; its seeds are left out")
     fuzz = parser.getgroup("fuzz", "mutations of tests/fuzz")
     fuzz.addoption("--fuzz-seed", type=int, default=0, help="other mutations with another seed")
-    fuzz.addoption("--fuzz-n", type=int, default=100, help="mutations per reader (default 100; slow readers get fewer)")
+    fuzz.addoption("--fuzz-n", type=int, default=200, help="mutations per reader (default 200; slow readers get fewer)")
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to spread

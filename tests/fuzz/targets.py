@@ -17,16 +17,19 @@ TARGETS: dict[str, Target] = {
         shard_readers.annotations,
         {r"[^/]*\.json": mutate.mutated_json, "list.txt": mutate.mutated_bytes},
         shard_readers.read_annotations,
-        cost=4,
+        cost=10,
     ),
     "checkpoint manifests": Target(
-        run_readers.checkpoint, {r".*/manifest\.json": run_readers.sealed}, run_readers.read_checkpoint, cost=2
+        run_readers.checkpoint, {r".*/manifest\.json": run_readers.sealed}, run_readers.read_checkpoint, cost=4
     ),
     "trainer.json": Target(
-        run_readers.checkpoint, {r".*/trainer\.json": mutate.mutated_json}, run_readers.read_checkpoint, cost=2
+        run_readers.checkpoint, {r".*/trainer\.json": mutate.mutated_json}, run_readers.read_checkpoint, cost=4
     ),
     "checkpoint metadata": Target(
-        run_readers.checkpoint, {r".*/state/(\.metadata|.*\.json)": mutate.mutated_bytes}, run_readers.read_checkpoint
+        run_readers.checkpoint,
+        {r".*/state/(\.metadata|.*\.json)": mutate.mutated_bytes},
+        run_readers.read_checkpoint,
+        cost=4,
     ),
     "checkpoint tensors": Target(
         run_readers.checkpoint, {r".*/state/.*\.distcp": mutate.mutated_bytes}, run_readers.read_checkpoint, cost=5
