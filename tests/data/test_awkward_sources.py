@@ -377,3 +377,24 @@ def test_a_shard_that_is_written_is_read_by_the_same_rules(tmp_path):
     assert ShardDataset(path)[0].answers == longest.answers
     assert len(members(path.read_bytes())) == 2
     assert io.BytesIO(path.read_bytes()).getbuffer().nbytes == path.stat().st_size
+
+
+def test_a_picture_number_that_no_file_can_have_is_a_missing_picture(tmp_path):
+    asked = [{"question_id": 1, "image_id": "x" * 5000, "question": "q"}]
+    given = [{"question_id": 1, "image_id": "x" * 5000, "answers": [{"answer": "a"}] * 10}]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": given}))
+    with pytest.raises(ShardWriteError, match="missing"):
+        write_source(
+            read_vqa([tmp_path / "q.json"], [tmp_path / "a.json"], tmp_path),
+            tmp_path / "out",
+            WriteOptions(),
+            workers=0,
+        )
+
+
+def test_a_label_of_thousands_of_digits_is_named_with_its_line(tmp_path):
+    (tmp_path / "list.txt").write_text(f"a/1.png 0\na/2.png {'9' * 5000}\n")
+    with pytest.raises(ShardWriteError, match=r"list.txt, line 2: expected 'path label', got 'a/2.png 999") as raised:
+        read_image_lists([tmp_path / "list.txt"], tmp_path)
+    assert len(str(raised.value)) < 500

@@ -171,14 +171,17 @@ def _read(file: str | Path) -> str:
         raise ShardWriteError(str(error)) from None
 
 
+_LONGEST_LABEL = 9
+
+
 def _lines(file: str | Path) -> list[tuple[str, int]]:
     items = []
     for number, line in enumerate(_read(file).splitlines(), start=1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise ShardWriteError(f"{file}, line {number}: expected 'path label', got {line!r}")
+        if not path or not label.isdecimal() or len(label) > _LONGEST_LABEL:
+            raise ShardWriteError(f"{file}, line {number}: expected 'path label', got {line[:200]!r}")
         items.append((path.strip(), int(label)))
     return items
 

@@ -7,6 +7,7 @@ not unique (see `DERIVED`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -237,7 +238,7 @@ class _Finder:
     def _search(self, name: str, subset: str) -> str:
         for pattern in self._patterns:
             path = self._folder / pattern.format(subset=subset, name=name)
-            if path.is_file():
+            if os.path.isfile(path):  # False, and no error, for a name that no file can have
                 self._patterns.remove(pattern)
                 self._patterns.insert(0, pattern)
                 return str(path)
