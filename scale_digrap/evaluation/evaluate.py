@@ -48,6 +48,7 @@ from scale_digrap.evaluation.tasks import (
 )
 from scale_digrap.runtime.files import write_whole
 from scale_digrap.runtime.lock import FolderLock
+from scale_digrap.runtime.secrets import mask_tree
 from scale_digrap.runtime.text import finite, write_json
 from scale_digrap.settings import shown
 from scale_digrap.training.data import open_shards
@@ -194,7 +195,7 @@ class _Evaluation:
         """What the comparison of the suites with training data depends on; None if it is on disk already."""
         options = dict(getattr(self.config, name) or {})
         settings = {
-            "options": options,
+            "options": mask_tree(options),  # the shards' content tells them apart, whatever signature they come with
             "train": open_shards(self.config.data, _listed(options["train"])).fingerprint(),
             "suites": {suite: dataset.fingerprint() for suite, dataset in self.datasets.items()},
             **more,

@@ -36,6 +36,7 @@ from scale_digrap.errors import ScaleDigrapError
 from scale_digrap.evaluation.fingerprints import Fingerprints, read_blocks
 from scale_digrap.evaluation.image_hash import HammingIndex, same_colours
 from scale_digrap.evaluation.suites import Suite
+from scale_digrap.runtime.secrets import mask_tree
 
 SCHEMA = 1
 EXACT = ("question_id", "question_and_image", "exact_image")
@@ -212,7 +213,7 @@ def check(
                 named.append(matches.row(name, limit, near_limit, shown))
     return LeakageReport(
         train={
-            "shards": train,
+            "shards": mask_tree(train),  # kept beside the results, and shared with them
             "questions": len(training),
             **dict(zip(("images", "flat_images", "unreadable"), figures, strict=True)),
         },

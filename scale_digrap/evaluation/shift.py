@@ -25,6 +25,7 @@ from scale_digrap.evaluation.generation import generating, is_sharded
 from scale_digrap.evaluation.runs import write_atomically
 from scale_digrap.evaluation.shift_accuracy import SPACES
 from scale_digrap.evaluation.suites import Suite
+from scale_digrap.runtime.secrets import mask_tree
 from scale_digrap.runtime.text import finite, write_json
 
 __all__ = ["SPACES", "Embedder", "Embeddings", "Mahalanobis", "ShiftError", "ShiftReport", "StreamingGaussian"]
@@ -141,7 +142,7 @@ def shift_scores(
         report = ShiftReport(
             model=name,
             train={
-                "shards": shards,
+                "shards": mask_tree(shards),
                 "questions": len(dataset),
                 "samples": used,
                 "without_image": used - pictures,
