@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
+import ipaddress
 import json
+import math
 import os
 import socket
 import time
@@ -20,6 +23,8 @@ MEET_S = 60.0
 """Longest wait for what all hosts do at the same time, once they have met."""
 _POLL_S = 0.05
 _MIB = 1 << 20
+_MOST = 256 * _MIB
+"""Of a block that measures a link."""
 _LINK_TIME_S = 0.25
 _RETESTS = 8
 
@@ -61,33 +66,83 @@ def meet(place: Place, join_timeout_s: float) -> Any:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_timeout_s)))
         return dist.PrefixStore("preflight", store)
     name, port = place.endpoint
-    if place.rank == 0:
-        _check_port(name, port)
-    else:
-        _knock(place.expected[0], name, port, join_timeout_s)
     try:
-        return dist.TCPStore(
-            "localhost" if place.rank == 0 else name,
-            port,
-            is_master=place.rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=MEET_S),
-        )
+        if place.rank == 0:
+            host, listens = _listen(name, port, place.nodes)
+            # From here on the store closes it.
+            settings: dict[str, Any] = {"is_master": True, "master_listen_fd": listens.detach()}
+        else:
+            _knock(place.expected[0], name, port, join_timeout_s)
+            host, settings = name, {"is_master": False}
+        return dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=MEET_S), **settings)
     except (RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
         raise PreflightError(f"cannot meet at {name}:{port}: {text}") from None
 
 
-def _check_port(name: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise PreflightError(
-                f"port {port} of {name} cannot be listened at ({error.strerror}): another job? Choose another one "
-                f"(rendezvous.port in launch.yaml, or --endpoint)"
-            ) from None
+def _listen(name: str, port: int, nodes: int) -> tuple[str, socket.socket]:
+    """A socket that listens at the address that the name of rank 0's host means, and at no other interface.
+
+    Where that address is none of this machine's (NAT in front of it, a pod behind a service), it listens at all, and
+    says so. A name that means the loopback here means another address to the other hosts (Debian writes the own name
+    as 127.0.1.1 into /etc/hosts), unless it is the loopback's own.
+
+    Returns:
+        The address to reach it by from here, and the socket.
+
+    Raises:
+        PreflightError: the port is taken.
+    """
+    try:
+        addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        addresses = []
+    for family, _, _, _, address in addresses:
+        if nodes > 1 and _is_loopback(str(address[0])) and not (name == "localhost" or _is_loopback(name)):
+            continue
+        if (found := _bound(family, address, name)) is not None:
+            return str(address[0]), found
+    means = ", ".join(dict.fromkeys(str(address[0]) for *_, address in addresses)) or "nothing"
+    print(
+        f"preflight: {name} means {means} here, which is no address that others reach this machine by: listening on "
+        f"port {port} of all its interfaces",
+        flush=True,
+    )
+    everywhere = (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("", port))
+    listens = _bound(*everywhere, name)
+    if listens is None:
+        raise PreflightError(f"port {port} of {name} cannot be listened at: this machine has no address")
+    return "localhost", listens
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _bound(family: int, address: tuple[Any, ...], name: str) -> socket.socket | None:
+    """A listening socket; None: the address is not this machine's."""
+    try:
+        listens = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:  # no IPv6 here
+        return None
+    try:
+        listens.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and address[0] == "::":
+            listens.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listens.bind(address)
+        listens.listen(1024)
+    except OSError as error:
+        listens.close()
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return None
+        raise PreflightError(
+            f"port {address[1]} of {name} cannot be listened at ({error.strerror}): another job? Choose another one "
+            f"(rendezvous.port in launch.yaml, or --endpoint)"
+        ) from None
+    return listens
 
 
 def _knock(head: str, name: str, port: int, timeout_s: float) -> None:
@@ -112,6 +167,12 @@ def _knock(head: str, name: str, port: int, timeout_s: float) -> None:
 
 SECRET = "SCALE_DIGRAP_SECRET"
 """Variable with what the hosts of one launch share, and nobody else: the port of the store is open to the network."""
+
+UNSIGNED = (
+    f"what the hosts tell each other is not signed: give all of them one {SECRET} (`scale-digrap launch` does), or be "
+    "alone in the network"
+)
+"""Said by a preflight of several hosts without it."""
 
 
 def _seal(key: str, value: Any) -> str:
@@ -265,7 +326,7 @@ def network(place: Place, store: Any, device: str, minimum: float) -> tuple[dict
         links = _ring(place, where)
         for pair in slow_links(links, minimum)[:_RETESTS]:
             # Links are measured side by side; what looks slow gets a second chance alone.
-            links[pair] = max(links[pair], _together(_measure(place.rank, [pair], where))[pair])
+            links[pair] = max(links[pair], _together([pair], _measure(place.rank, [pair], where), where)[pair])
         slowest = min(links.values(), default=8000.0)
         count = int(min(64 * _MIB, max(_MIB, slowest / 8 * 1e6 * _LINK_TIME_S)))
         return links, _all_reduce(count, where)
@@ -281,16 +342,24 @@ def _ring(place: Place, where: Any) -> dict[tuple[int, int], float]:
     found: dict[tuple[int, int], float] = {}
     for number in rounds:
         if number:
-            found |= _together(_measure(place.rank, number, where))
+            found |= _together(number, _measure(place.rank, number, where), where)
     return found
 
 
-def _together(mine: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+def _together(
+    pairs: Sequence[tuple[int, int]], mine: Mapping[tuple[int, int], float], where: Any
+) -> dict[tuple[int, int], float]:
+    """What each pair has found. Numbers alone go over the network: a pickle of an unknown host would be code."""
+    import torch
     import torch.distributed as dist
 
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(mine))
-    return {pair: speed for part in parts for pair, speed in part.items()}
+    speeds = torch.tensor([mine.get(pair, 0.0) for pair in pairs], dtype=torch.float64, device=where)
+    dist.all_reduce(speeds)
+    found = dict(zip(pairs, speeds.tolist(), strict=True))
+    for pair, speed in found.items():
+        if not (math.isfinite(speed) and speed > 0):
+            raise RuntimeError(f"hosts {pair[0]} and {pair[1]} tell a speed of {speed:g}")
+    return found
 
 
 def _measure(rank: int, pairs: Sequence[tuple[int, int]], where: Any) -> dict[tuple[int, int], float]:
@@ -315,11 +384,13 @@ def _measure(rank: int, pairs: Sequence[tuple[int, int]], where: Any) -> dict[tu
 
     there_and_back(_MIB // 16)  # connects
     rough = there_and_back(_MIB)
-    size = torch.tensor([int(min(256 * _MIB, max(_MIB, _MIB * _LINK_TIME_S / rough)))], device=where)
+    size = torch.tensor([int(min(_MOST, max(_MIB, _MIB * _LINK_TIME_S / rough)))], device=where)
     if rank == first:
         dist.send(size, peer)
     else:
         dist.recv(size, peer)
+    if not _MIB <= int(size) <= _MOST:
+        raise RuntimeError(f"host {peer} asks for a block of {int(size)} bytes")
     seconds = min(there_and_back(int(size)) for _ in range(2))
     return {mine: 2 * int(size) * 8 / seconds / 1e6} if rank == first else {}
 

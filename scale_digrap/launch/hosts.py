@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from scale_digrap.launch.exchange import SECRET
 from scale_digrap.launch.plan import ENVIRONMENT_FILE, Command, Plan, ssh
 from scale_digrap.launch.spec import LaunchError
 
@@ -85,7 +88,9 @@ def preflight(plan: Plan) -> int:
         options += [f"--gres=gpu:{slurm.gpus_per_node}"] if slurm.gpus_per_node else []
         options += [option for option in slurm.extra if option.startswith("--")]
         command = ["srun", "--wait=60", *options, *script, *processes, "--scheduler", "slurm", *arguments]
-        return _worst([subprocess.run(command, check=False).returncode])
+        # srun hands its environment on to every node.
+        signed = {SECRET: secrets.token_hex(16), **os.environ, **spec.environment}
+        return _worst([subprocess.run(command, env=signed, check=False).returncode])
     if plan.place == "local":
         return _worst([subprocess.run([*script, *processes, *arguments], check=False).returncode])
     names = ",".join(plan.hosts)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from scale_digrap.launch.exchange import SECRET
 from scale_digrap.launch.render import render, shell_word
 from scale_digrap.launch.spec import LaunchConfig, LaunchError, check_host
 from scale_digrap.launch.workload import Workload
@@ -122,6 +124,9 @@ def make_plan(
     if launcher == "deepspeed":
         local = replace(spec.deepspeed, launcher="no_ssh") if place == "local" else spec.deepspeed
         spec = replace(spec, deepspeed=local, hostfile=str(workload.run_dir / _FOLDER / "hostfile"))
+    # What the hosts of this launch know each other by in the preflight; one that the user has set stays.
+    if place == "hosts" or (place in ("slurm", "kubernetes") and spec.preflight):
+        spec = replace(spec, environment={SECRET: secrets.token_hex(16), **spec.environment})
     if place in ("local", "hosts"):  # done once, from here
         rendered = replace(spec, preflight=False)
     else:

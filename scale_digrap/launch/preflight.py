@@ -22,7 +22,17 @@ from typing import Any
 
 from scale_digrap.config import Config, load_config, validate_for_training
 from scale_digrap.errors import ScaleDigrapError
-from scale_digrap.launch.exchange import MEET_S, Exchange, Place, PreflightError, meet, network, quiet
+from scale_digrap.launch.exchange import (
+    MEET_S,
+    SECRET,
+    UNSIGNED,
+    Exchange,
+    Place,
+    PreflightError,
+    meet,
+    network,
+    quiet,
+)
 from scale_digrap.launch.verdict import (
     MAX_SKEW_S,
     MIN_MBIT_PER_S,
@@ -186,6 +196,10 @@ def check(config: Config, here: Place, arguments: argparse.Namespace) -> int:
     )
 
     told = [f"{len(rows)} of {here.nodes} hosts: {', '.join(row['host'] for row in rows)}", *_summary(rows, needed)]
+    if not alone and not os.environ.get(SECRET):
+        told.append(UNSIGNED)
+    if here.endpoint is not None and None in arrived:
+        told.append(f"this host listened at {store.host}, port {store.port}")
     if alone:
         told.append("network: one host, nothing to measure")
     elif len(rows) < here.nodes:

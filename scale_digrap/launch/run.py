@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -16,10 +15,9 @@ from types import FrameType
 from typing import IO, Any
 
 from scale_digrap.launch import hosts
-from scale_digrap.launch.exchange import SECRET
 from scale_digrap.launch.follow import Failure, Progress, diagnose, last_line, outcome, start_stamp
 from scale_digrap.launch.node import check_port, gpu_count
-from scale_digrap.launch.plan import ENVIRONMENT_FILE, NodeContext, Plan, hostfile, node_command
+from scale_digrap.launch.plan import NodeContext, Plan, hostfile, node_command
 from scale_digrap.launch.spec import LaunchError
 from scale_digrap.runtime.files import write_whole
 from scale_digrap.runtime.lock import holder
@@ -92,8 +90,6 @@ def write_files(plan: Plan) -> None:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for name, text in plan.files.items():
-            if name == ENVIRONMENT_FILE and plan.place == "hosts":  # what the hosts of this launch know each other by
-                text += f"export {SECRET}={secrets.token_hex(16)}\n"
             write_whole(plan.folder / name, text, 0o600)
     except OSError as error:
         raise LaunchError(f"cannot write {plan.folder} ({error.strerror}): set run_dir to a folder that can") from None

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from scale_digrap.config import load_config
-from scale_digrap.launch import preflight, probe, verdict
+from scale_digrap.launch import exchange, preflight, probe, verdict
 from scale_digrap.launch.exchange import Exchange, Place, PreflightError, _seal, meet
 from scale_digrap.launch.verdict import Finding, judge, judge_arrivals, judge_clocks, judge_links
 
@@ -354,3 +358,110 @@ def test_what_a_stranger_writes_into_the_store_is_one_error_and_never_a_value(mo
     if secret:
         with pytest.raises(PreflightError, match="does not come from"):
             Exchange(two, store).gather("facts", {"a": 1}, wait_s=1)
+
+
+def listening(port: int) -> set[str]:
+    """Addresses of this machine at which somebody listens on a port, as /proc/net shows them."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        file = Path("/proc/net") / name
+        for line in file.read_text().splitlines()[1:] if file.exists() else []:
+            local, _, state = line.split()[1:4]
+            address, _, at = local.partition(":")
+            if int(at, 16) == port and state == "0A":
+                found.add(address)
+    return found
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+EVERYWHERE = {"00000000", "0" * 32}
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1"])
+def test_the_store_listens_at_the_address_of_the_endpoint_and_at_no_other(name):
+    if name == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 here")
+    port = preflight._free_port()
+    here = Place(0, 2, (name, port), None)
+    store = meet(here, 5.0)
+    assert listening(port)
+    assert listening(port) <= LOOPBACK
+    other = meet(Place(1, 2, (name, port), None), 5.0)
+    other.set("a", "b")
+    assert store.get("a") == b"b"
+
+
+@pytest.mark.parametrize(
+    ("means", "nodes", "listens"),
+    [
+        (["127.0.1.1"], 2, EVERYWHERE),  # what Debian writes into /etc/hosts: others are told another address
+        (["127.0.1.1"], 1, {"0101007F"}),
+        (["192.0.2.7"], 2, EVERYWHERE),  # NAT: the address is not this machine's
+        (["192.0.2.7", "127.0.0.1"], 1, LOOPBACK),
+        ([], 2, EVERYWHERE),
+    ],
+)
+def test_a_name_that_is_not_an_address_of_this_machine_is_listened_for_everywhere_and_said(
+    monkeypatch, capsys, means, nodes, listens
+):
+    def lookup(name, port, **_):
+        if not means:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in means]
+
+    monkeypatch.setattr(exchange.socket, "getaddrinfo", lookup)
+    port = preflight._free_port()
+    _, listener = exchange._listen("head", port, nodes)
+    with listener:
+        assert listening(port)
+        assert listening(port) <= listens
+    said = capsys.readouterr().out
+    wanted = f"preflight: head means {', '.join(means) or 'nothing'} here, which is no address that others reach"
+    assert said.startswith(wanted) if listens is EVERYWHERE else said == ""
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PreflightError, match=f"port {port} of 127.0.0.1 cannot be listened at .*another job"):
+            meet(Place(0, 2, ("127.0.0.1", port), None), 5.0)
+
+
+@pytest.mark.parametrize("secret", ["", "5ecret"])
+def test_two_hosts_measure_their_link_with_and_without_a_secret(tmp_path, made_model, secret):
+    """Two processes as two hosts on the loopback; what comes out is theirs, and said to be signed or not."""
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    command = [sys.executable, "-m", "scale_digrap.launch.preflight", "--nodes", "2"]
+    command += ["--endpoint", f"127.0.0.1:{preflight._free_port()}", "--min-mbit-per-s", "1"]
+    overrides = [f"run_dir={tmp_path / 'run'}", f"model.path={made_model}", f"data.train=[{tmp_path}/a.tar]"]
+    (tmp_path / "c.yaml").write_text("training: {steps: 5, device: cpu}\n")
+    environment = os.environ | {"SCALE_DIGRAP_SECRET": secret, "GLOO_SOCKET_IFNAME": "lo"}
+    hosts = [
+        subprocess.Popen(
+            [*command, "--rank", str(rank), str(tmp_path / "c.yaml"), *overrides],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said, _ = [host.communicate(timeout=120)[0] for host in hosts]
+    assert "preflight: 2 of 2 hosts" in said
+    assert "network: links " in said, said
+    assert said.count("is not signed: give all of them one SCALE_DIGRAP_SECRET") == (not secret)
+
+
+def test_hosts_that_do_not_know_each_other_yet_unpickle_nothing():
+    """Within a job ranks trust each other; before it, nobody has said who the others are."""
+    package = Path(exchange.__file__).parent
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        for word in ("_object(", "_object_list(", "pickle", "marshal", "torch.load"):
+            assert word not in text.replace("a pickle of an unknown host", ""), (file, word)
+
+
+@pytest.mark.parametrize("told", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_speed_that_cannot_be_is_an_error(monkeypatch, told):
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "all_reduce", lambda block: block.fill_(told))
+    with pytest.raises(RuntimeError, match="hosts 0 and 1 tell a speed of"):
+        exchange._together([(0, 1)], {}, "cpu")
