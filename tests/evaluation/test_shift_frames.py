@@ -206,9 +206,9 @@ def test_the_cut_of_float32_drops_directions_without_variance():
     [
         ({"embeddings": "mean"}, "embeddings must be tokens or frames, got 'mean'"),
         ({"regularization": "frame"}, r"regularization must be oas, pinv, frames or a number in \[0, 1\], got 'frame'"),
-        ({"regularization": True}, "got True"),
+        ({"regularization": True}, "got (True|'true')"),  # in a file it is the text that stands there
         ({"regularization": float("nan")}, "got (nan|'NaN')"),
-        ({"regularization": [0.1]}, r"got \[0.1\]"),
+        ({"regularization": [0.1]}, r"got '?\[0.1\]"),
     ],
 )
 def test_unknown_measures_are_refused_before_a_model_is_asked(options, message: str, data, tmp_path: Path):  # noqa: F811
