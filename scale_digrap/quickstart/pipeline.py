@@ -217,6 +217,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ScaleDigrapError: before any rank starts, if data or model are missing or the options make no sense.
     """
+    _model(args)  # before there is a folder: a mistyped option leaves nothing behind
     with FolderLock(_output(args), "quick-start"):
         return _run(args)
 
@@ -260,16 +261,23 @@ def _output(args: argparse.Namespace) -> Path:
     return Path(args.output or Path("runs/quickstart-smoke" if args.smoke else "runs/quickstart")).resolve()
 
 
-def prepare(args: argparse.Namespace, console: Console) -> Settings:
-    """Build the data and decide on every setting."""
+def _model(args: argparse.Namespace) -> Path:
+    """The folder of the model, with the options checked."""
     from scale_digrap.models.loading import resolve_path
-    from scale_digrap.quickstart import data
 
-    model = Path(resolve_path(args.model)).resolve()  # before the data: a missing model should not cost a minute
+    model = Path(resolve_path(args.model)).resolve()
     if not (model / "config.json").is_file():
         raise QuickstartError(f"--model {args.model}: no config.json in {model}")
     if args.stage is not None and args.engine != "deepspeed":
         raise QuickstartError(f"--stage {args.stage} is a stage of ZeRO: add --engine deepspeed")
+    return model
+
+
+def prepare(args: argparse.Namespace, console: Console) -> Settings:
+    """Build the data and decide on every setting."""
+    from scale_digrap.quickstart import data
+
+    model = _model(args)  # before the data: a missing model should not cost a minute
     steps = args.steps or (6 if args.smoke else STEPS)
     suite_samples = args.suite_samples or (32 if args.smoke else 500)
     device, world_size = _ranks(args.nproc)
