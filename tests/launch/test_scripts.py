@@ -87,6 +87,9 @@ AWKWARD = ["model.prompt='it''s {question} $HOME *'", "data.train=[/no/a b.tar]"
 
 def test_torchrun_gets_every_setting_and_awkward_words_unchanged(stage):
     settings = {"NODES": "2:4", "HOST0": "node9", "RUN_ID": "job7", "MASTER_ADDR": "stale", "RESTARTS": "1"}
+    variables = stage.folder / "environment"
+    variables.write_text("export NCCL_DEBUG=WARN\nexport HF_TOKEN='a \"$HOME\" b'\n")
+    settings["ENVIRONMENT_FILE"] = str(variables)
     status, _ = stage.run("torchrun.sh", *AWKWARD, mode="done", **settings)
     assert status == 0  # DONE is there, whatever the launcher returned
     call = stage.call()
@@ -110,7 +113,7 @@ def test_torchrun_gets_every_setting_and_awkward_words_unchanged(stage):
     assert "MASTER_ADDR" not in env
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
-    assert env["NCCL_DEBUG"] == "WARN"
+    assert (env["NCCL_DEBUG"], env["HF_TOKEN"]) == ("WARN", 'a "$HOME" b')
     assert env["SCALE_DIGRAP_LAUNCH"].startswith("vqav2-lora.")
 
 
