@@ -255,7 +255,7 @@ def test_a_damaged_list_of_files_is_one_line(checkpoint, shards, copy, tmp_path,
 def test_a_damaged_state_of_the_run_is_one_line(checkpoint, shards, copy, tmp_path, capsys, content):
     damage(step(copy) / "trainer.json", content)
     for what, status, told in outcomes(capsys, every_command(copy, checkpoint("llava"), shards, tmp_path)):
-        if what == "verify" and "version" in content:
+        if what == "verify" and isinstance(content, dict) and "version" in content:
             assert status == 0, told  # that of another version may be whole
             continue
         assert status == (1 if what == "verify" else 2), (what, told)

@@ -11,7 +11,7 @@ import pytest
 from scale_digrap.evaluation.results import MethodRun
 from tests.training import runs
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1300)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
@@ -19,7 +19,7 @@ TORCHRUN += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_addr", "127.0.0.1", "--module"]
 
 
-def run(*command, timeout=150, **environment):
+def run(*command, timeout=400, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **environment}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=REPOSITORY)
@@ -57,7 +57,7 @@ def test_launchers_and_a_stale_lock(checkpoint, shards, tmp_path):
 def test_quickstart_under_zero_3_runs_to_its_end(tmp_path):
     common = ["-m", "scale_digrap", "quickstart", "--smoke", "--nproc", "2", "--methods", "full-digrap"]
     command = [*common, "--engine", "deepspeed", "--stage", "3", "--output", tmp_path]
-    done = run(*command, timeout=240, COLUMNS="160")
+    done = run(*command, COLUMNS="160")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ZeRO-3" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
