@@ -19,6 +19,7 @@ from scale_digrap.data.sample import parse_class, parse_json
 from scale_digrap.data.scan import ShardIndex, scan_shard
 from scale_digrap.data.store import ShardStore
 from scale_digrap.data.validate import Shard, in_parallel
+from scale_digrap.runtime.text import printable
 
 _TYPE_FIELDS = ("question_type", "answer_type", "dataset")
 
@@ -194,11 +195,6 @@ def _picture(name: str, data: bytes) -> dict[str, Any]:
     except SampleError as error:
         return {"field": name, "bytes": len(data), "error": str(error)}
     return {"field": name, "bytes": len(data), "width": image.width, "height": image.height}
-
-
-def printable(text: str) -> str:
-    """Text from a shard, without what could steer a terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
 
 def as_json(content: Any) -> str:

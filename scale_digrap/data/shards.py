@@ -17,7 +17,7 @@ from PIL import Image
 
 from scale_digrap.data import limits
 from scale_digrap.data.errors import DataError, SampleError
-from scale_digrap.data.fields import MOST_IMAGES
+from scale_digrap.data.fields import MOST_IMAGES, SNIFFED, picture_format
 from scale_digrap.data.sample import VqaSample, check_text
 from scale_digrap.runtime.text import one_line, write_json
 
@@ -226,15 +226,12 @@ def image_fields(images: list[tuple[str, bytes]]) -> dict[str, bytes]:
     return {f"{number}.{extension}": data for number, (extension, data) in enumerate(images)}
 
 
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WebP": "webp"}
+
+
 def image_extension(data: bytes) -> str | None:
     """``png``, ``jpg`` or ``webp`` by the first bytes, whatever the file was called; None for anything else."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return None
+    return _EXTENSIONS.get(picture_format(data[:SNIFFED], len(data)) or "")
 
 
 def _encode_image(key: str, image: Image.Image | bytes) -> tuple[str, bytes]:

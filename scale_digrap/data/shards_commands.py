@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scale_digrap.data import describe
-from scale_digrap.data.describe import as_json, printable, save_image, shard_figures
+from scale_digrap.data.describe import as_json, save_image, shard_figures
 from scale_digrap.data.errors import DataError
 from scale_digrap.data.index import Manifest, index_shards
 from scale_digrap.data.listing import shards_in
@@ -26,6 +26,7 @@ from scale_digrap.data.store import MANIFEST_NAME, ShardStore
 from scale_digrap.data.validate import ShardReport, find_shards, validate_shards
 from scale_digrap.data.writing import RECORD_NAME, write_source
 from scale_digrap.data.written import WriteOptions
+from scale_digrap.runtime.text import printable
 
 DAMAGED = 1
 """Exit status of ``validate`` when something is wrong with the shards; 2 is an error in the call."""
